@@ -1,0 +1,45 @@
+"""Fisher information of neural networks, as pure functions on `torch.func`.
+
+>>> import torch
+>>> import fisherfn as ff
+>>> model, params, buffers = ff.functional(torch.nn.Linear(3, 2))
+>>> batch = ff.Batch(torch.zeros(4, 3))
+>>> F = ff.diagonal(model, ff.likelihoods.categorical())(params, buffers, batch)
+>>> F.values["bias"]
+tensor([0.2500, 0.2500])
+"""
+
+from fisherfn import io as io
+from fisherfn import likelihoods as likelihoods
+from fisherfn import states as states
+from fisherfn.batch import Batch as Batch
+from fisherfn.batch import causal_batch as causal_batch
+from fisherfn.capture.public import Capture as Capture
+from fisherfn.capture.public import Site as Site
+from fisherfn.capture.public import capture as capture
+from fisherfn.core import random as random
+from fisherfn.core import trees as tree
+from fisherfn.core.errors import DataError as DataError
+from fisherfn.core.errors import FisherError as FisherError
+from fisherfn.core.errors import NotPositiveDefiniteError as NotPositiveDefiniteError
+from fisherfn.core.errors import OptionError as OptionError
+from fisherfn.core.errors import ShapeError as ShapeError
+from fisherfn.core.errors import TreeMismatchError as TreeMismatchError
+from fisherfn.core.errors import UnsupportedError as UnsupportedError
+from fisherfn.core.merging import empty_like as empty_like
+from fisherfn.core.merging import merge as merge
+from fisherfn.curvature import BlockDiagonal as BlockDiagonal
+from fisherfn.curvature import Dense as Dense
+from fisherfn.curvature import Diagonal as Diagonal
+from fisherfn.curvature import GradientMoments as GradientMoments
+from fisherfn.estimators.dense import block_diagonal as block_diagonal
+from fisherfn.estimators.dense import dense as dense
+from fisherfn.estimators.diagonal import diagonal as diagonal
+from fisherfn.estimators.explain import explain as explain
+from fisherfn.estimators.moments import gradient_moments as gradient_moments
+from fisherfn.estimators.per_sample import per_sample_gradients as per_sample_gradients
+from fisherfn.estimators.per_sample import score_gram as score_gram
+from fisherfn.estimators.per_sample import score_norms as score_norms
+from fisherfn.estimators.together import statistics as statistics
+from fisherfn.layers.registry import register_rule as register_rule
+from fisherfn.models import functional as functional

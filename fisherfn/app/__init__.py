@@ -1,0 +1,1 @@
+"""The command line: `fisherfn fim` and what it is made of (extras `[app]` and `[lm]`)."""

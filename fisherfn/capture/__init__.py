@@ -1,0 +1,1 @@
+"""Capture: one forward with taps, one backward, and the scores of every parameter."""

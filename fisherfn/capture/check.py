@@ -1,0 +1,210 @@
+"""The plan check: captured scores against autograd, once per plan, on a few examples.
+
+With coefficients r and a cotangent c, both arbitrary, `Σ_b r_b score_b` from the capture must equal the
+ordinary gradient of `Σ_b r_b <c_b, outputs_b>`. Rows in another order, lost taps, swapped sites, inputs
+changed in place, uses that nobody saw: each shows up as a difference at the parameter concerned, which
+then takes the general path.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn.capture import general
+from fisherfn.capture.engines import EagerRun, refuse_checkpointing
+from fisherfn.capture.plan import Axis, Plan, Tap, examples
+from fisherfn.capture.tape import PlanMismatchError, forms_of
+from fisherfn.core import trees
+from fisherfn.core.errors import UnsupportedError
+from fisherfn.layers.leaf import LeafScores
+
+_LOG = logging.getLogger("fisherfn.capture")
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+
+
+def tolerance(t: Tensor) -> float:
+    """Return the relative difference that rounding may explain."""
+    return _TOLERANCE.get(t.dtype, 2e-3)
+
+
+def check_examples_apart(outputs: tuple[Any, Any], counts: tuple[int, int]) -> None:
+    """Refuse models whose examples influence each other, or whose outputs are random.
+
+    `outputs` are those of `counts` examples, of which the smaller number are the same.
+    """
+    few = min(counts)
+    paths = trees.paths(outputs[0])
+    for path, a, b in zip(paths, trees.leaves(outputs[0]), trees.leaves(outputs[1]), strict=True):
+        bad_shape = not (isinstance(a, Tensor) and isinstance(b, Tensor)) or a.dim() == 0
+        if bad_shape or (a.shape[0], b.shape[0]) != counts or a.shape[1:] != b.shape[1:]:
+            got = [tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__ for t in (a, b)]
+            raise UnsupportedError(
+                f"capture: expected outputs with the examples as leading axis, got {got[0]} and "
+                f"{got[1]} for {counts[0]} and {counts[1]} examples"
+                f"{f' at {path}' if path else ''}. Return [B, ...] from the model, without reduction."
+            )
+        x, y = a[:few].double(), b[:few].double()
+        scale = x.abs().amax().clamp_min(1e-30) if x.numel() else x.new_tensor(1.0)
+        if bool(((x - y).abs().amax() if x.numel() else scale * 0) > tolerance(a) * scale):
+            raise UnsupportedError(
+                "capture: expected a deterministic model that treats examples apart, got outputs "
+                "that change with the rest of the batch or from call to call. Switch off dropout, "
+                "noise and batch statistics (module.eval()), and do not mix examples."
+            )
+
+
+def check(model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan, outputs: Any) -> Plan:
+    """Return the plan with every parameter that fails the comparison on the general path."""
+    count = trees.leaves(outputs)[0].shape[0]
+    few = examples(inputs, count)
+    leaves, structure = trees.flatten(params)
+    cotangent = trees.map(_arbitrary, outputs)
+    r = torch.tensor([1.0, -0.6, 0.35, 0.8][:count], dtype=torch.float64)
+    reference = _reference(model, leaves, structure, buffers, few, cotangent, r)
+    unused = frozenset(i for i, g in enumerate(reference) if g is None)
+    plan = replace(
+        plan,
+        unused=unused,
+        general={i: why for i, why in plan.general.items() if i not in unused},
+    )
+    candidates = [plan]
+    if any(t.axis is not None and t.axis.flat for t in plan.taps):
+        candidates.append(replace(plan, taps=tuple(_inner(t) for t in plan.taps)))
+    failures = _failures(model, params, buffers, few, candidates[0], cotangent, r, reference)
+    if failures and len(candidates) > 1:
+        other = _failures(model, params, buffers, few, candidates[1], cotangent, r, reference)
+        rescued = set(failures) - set(other)
+        if rescued:
+            plan = _mixed(candidates[0], candidates[1], rescued)
+            failures = _failures(model, params, buffers, few, plan, cotangent, r, reference)
+    for leaf, why in failures.items():
+        _LOG.info("parameter %s takes the general path: %s", trees.paths(params)[leaf], why)
+    plan = plan.without(failures)
+    if plan.general:
+        plan = _probe_general(model, params, buffers, few, plan, cotangent)
+    return replace(plan, checked=True)
+
+
+def _arbitrary(t: Tensor) -> Tensor:
+    """Return fixed irregular numbers like `t`."""
+    n = torch.arange(t.numel(), device=t.device, dtype=torch.float64)
+    return torch.sin(n * 12.9898 + 1.0).reshape(t.shape).to(t.dtype)
+
+
+def _weighted(cotangent: Any, r: Tensor) -> Any:
+    return trees.map(
+        lambda c: c * r.to(c.device, c.dtype).reshape(-1, *[1] * (c.dim() - 1)), cotangent
+    )
+
+
+def _reference(
+    model: Any, leaves: list[Tensor], structure: Any, buffers: Any, few: Any, cotangent: Any, r: Tensor
+) -> list[Tensor | None]:
+    with torch.enable_grad():
+        fresh = [t.detach().requires_grad_() for t in leaves]
+        try:
+            outputs = model(trees.unflatten(structure, fresh), buffers, few)
+        except RuntimeError as error:
+            refuse_checkpointing(error)
+            raise
+    weighted = trees.leaves(_weighted(cotangent, r))
+    pairs = [
+        (o, c) for o, c in zip(trees.leaves(outputs), weighted, strict=True) if o.requires_grad
+    ]
+    if not pairs:
+        return [None] * len(leaves)
+    try:
+        found = torch.autograd.grad(
+            [o for o, _ in pairs], fresh, [c for _, c in pairs], allow_unused=True
+        )
+    except RuntimeError as error:
+        refuse_checkpointing(error)
+        raise
+    return list(found)
+
+
+def _failures(
+    model: Any,
+    params: Any,
+    buffers: Any,
+    few: Any,
+    plan: Plan,
+    cotangent: Any,
+    r: Tensor,
+    reference: list[Tensor | None],
+) -> dict[int, str]:
+    """Return, for each captured leaf whose scores differ from autograd's, why it fails."""
+    leaves = trees.leaves(params)
+    captured = {u.leaf for t in plan.taps for u in t.uses} - plan.unused
+    uses: dict[int, list[Any]] = {}
+    count = r.shape[0]
+    try:
+        run = EagerRun(model, params, buffers, few, plan, count)
+
+        def receive(index: int, g: Tensor) -> None:
+            for leaf, form, view in forms_of(plan.taps[index], run.kept[index], g, count):
+                uses.setdefault(leaf, []).append((form.scaled(r.to(g.device)), view))
+
+        run.pull(trees.map(lambda c: c.unsqueeze(0), cotangent), receive, last=True)
+    except (PlanMismatchError, RuntimeError, AssertionError) as error:
+        if isinstance(error, RuntimeError):
+            refuse_checkpointing(error)
+        return dict.fromkeys(captured, f"its layers cannot be tapped ({error})")
+    failures = {}
+    largest = max((float(g.double().norm()) for g in reference if g is not None), default=0.0)
+    with torch.no_grad():
+        for leaf in captured:
+            expected = reference[leaf]
+            assert expected is not None
+            shape = tuple(leaves[leaf].shape)
+            try:
+                got = LeafScores.of(uses.pop(leaf), shape).sum()
+            except RuntimeError as error:
+                failures[leaf] = f"its scores cannot be contracted ({error})"
+                continue
+            difference = (got.double() - expected.double()).norm()
+            # a gradient that cancels to nothing is all rounding: compare with what it is made of
+            rounding = 8.0 * torch.finfo(expected.dtype).eps * largest
+            allowed = tolerance(expected) * expected.double().norm() + rounding
+            if not bool(difference <= allowed):
+                failures[leaf] = "captured scores differ from autograd (a use that is not visible)"
+    return failures
+
+
+def _inner(tap: Tap) -> Tap:
+    def turn(axis: Axis | None) -> Axis | None:
+        return replace(axis, inner=True) if axis is not None and axis.flat else axis
+
+    return replace(tap, axis=turn(tap.axis), kept_axes=tuple(turn(a) for a in tap.kept_axes))
+
+
+def _mixed(outer: Plan, inner: Plan, rescued: set[int]) -> Plan:
+    """Take the inner order at the taps whose parameters it rescued."""
+    taps = [
+        b if {u.leaf for u in a.uses} & rescued else a
+        for a, b in zip(outer.taps, inner.taps, strict=True)
+    ]
+    return replace(outer, taps=tuple(taps))
+
+
+def _probe_general(
+    model: Any, params: Any, buffers: Any, few: Any, plan: Plan, cotangent: Any
+) -> Plan:
+    """Find out whether `vmap` can run the model example by example."""
+    single = trees.map(lambda c: c.unsqueeze(0), cotangent)
+    leaf = [min(plan.general)]
+    try:
+        with torch.no_grad():
+            batched = general.scores(model, params, buffers, few, single, leaf, looped=False)
+            looped = general.scores(model, params, buffers, few, single, leaf, looped=True)
+        difference = (batched[0].double() - looped[0].double()).norm()
+        fits = bool(difference <= tolerance(batched[0]) * looped[0].double().norm().clamp_min(1e-30))
+    except Exception as error:  # noqa: BLE001 - any refusal of vmap, from any operation
+        _LOG.info("the general path goes example by example: %s", error)
+        fits = False
+    return replace(plan, looped=not fits)

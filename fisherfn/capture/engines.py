@@ -1,0 +1,268 @@
+"""The two ways to run a tape: `torch.func.vjp`, and autograd's own graph.
+
+Both give outputs and a pull-back that hands the cotangent of each tap to a receiver. They agree to
+rounding; which one runs depends only on where the call is made.
+"""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
+
+from fisherfn.capture.plan import Plan, Tap
+from fisherfn.capture.tape import Tape, spread
+from fisherfn.core import trees
+from fisherfn.core.errors import UnsupportedError
+from fisherfn.core.modes import transformed
+
+#: Takes the index of a tap and the cotangents of its output, `[K, *output]`.
+Receiver: TypeAlias = Callable[[int, Tensor], None]
+
+
+class Run(ABC):
+    """One forward of a model under a tape."""
+
+    outputs: Any
+    kept: Sequence[tuple[Tensor, ...]]
+
+    @abstractmethod
+    def pull(self, cotangents: Any, receive: Receiver, *, last: bool) -> None:
+        """Pull back `cotangents`, like the outputs with a leading axis K, to every tap.
+
+        `last` promises that nothing will be pulled back after this, so that memory can be freed.
+        """
+
+    @abstractmethod
+    def output_bytes(self, index: int) -> int:
+        """Return the size of the output of a tap, and so of its cotangent."""
+
+
+def start(model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan, *, plain: bool) -> Run:
+    """Run the model under a tape, in the engine that fits the place.
+
+    Args:
+        model: The function `(params, buffers, inputs) -> outputs`.
+        params: Its parameters.
+        buffers: What else it reads.
+        inputs: Inputs of B examples.
+        plan: What to tap.
+        plain: The pull-back will be batched, so fused attention must be rewritten.
+    """
+    batch = size_of(inputs)
+    if needs_composition(params, buffers, inputs):
+        return FunctionalRun(model, params, buffers, inputs, plan, batch, plain=True)
+    if transformed():
+        return FunctionalRun(model, params, buffers, inputs, plan, batch, plain=plain)
+    return EagerRun(model, params, buffers, inputs, plan, batch)
+
+
+def needs_composition(*values: Any) -> bool:
+    """Return True where the result must itself be differentiable or batched."""
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return True
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(t, Tensor) and t.requires_grad for v in values for t in trees.leaves(v))
+
+
+def size_of(inputs: Any) -> int:
+    """Return B, the size of the leading axis of the first tensor among the inputs."""
+    return next(t.shape[0] for t in trees.leaves(inputs) if isinstance(t, Tensor))
+
+
+class FunctionalRun(Run):
+    """Zeros are added to the tapped outputs; the pull-back is the vjp with respect to them."""
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        buffers: Any,
+        inputs: Any,
+        plan: Plan,
+        batch: int,
+        *,
+        plain: bool,
+    ) -> None:
+        """Learn the outputs' shapes, then run the forward once."""
+        like: list[Tensor] = []
+
+        def note(index: int, tap: Tap, out: Tensor) -> Tensor:
+            out = spread(out, tap, batch)
+            like.append(out)
+            return out
+
+        # only shapes come out of this pass; compiled, it is dead code
+        with torch.no_grad(), Tape(plan, note, plain=plain):
+            model(params, buffers, inputs)
+        self._bytes = [t.numel() * t.element_size() for t in like]
+        zeros = [torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape) for t in like]
+
+        def forward(eps: list[Tensor]) -> tuple[Any, list[tuple[Tensor, ...]]]:
+            def add(index: int, tap: Tap, out: Tensor) -> Tensor:
+                out = spread(out, tap, batch)
+                assert out.shape == eps[index].shape, "a tap must not broadcast"
+                return out + eps[index]
+
+            tape = Tape(plan, add, plain=plain)
+            with tape:
+                outputs = model(params, buffers, inputs)
+            tape.finish(plan)
+            return outputs, tape.kept
+
+        if not zeros:
+            self.outputs, self.kept = forward(zeros)
+            self._vjp: Callable[[Any], Any] | None = None
+            return
+        self.outputs, self._vjp, self.kept = torch.func.vjp(forward, zeros, has_aux=True)
+
+    def output_bytes(self, index: int) -> int:
+        """Return the size of the output of a tap."""
+        return self._bytes[index]
+
+    def pull(self, cotangents: Any, receive: Receiver, *, last: bool) -> None:
+        """Pull back through the vjp, batched over the columns."""
+        if self._vjp is None:
+            return
+        leaves, structure = trees.flatten(cotangents)
+        if leaves[0].shape[0] == 1:
+            (found,) = self._vjp(trees.unflatten(structure, [c[0] for c in leaves]))
+            found = [g.unsqueeze(0) for g in found]
+        else:
+            (found,) = torch.func.vmap(self._vjp)(cotangents)
+        for index, g in enumerate(found):
+            receive(index, g)
+
+
+class EagerRun(Run):
+    """Cotangents are read from autograd's graph as the backward passes the taps."""
+
+    def __init__(
+        self, model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan, batch: int
+    ) -> None:
+        """Run the forward once, remembering the edge of every tapped output."""
+        self._edges: list[Any] = []
+        self._roots: list[Tensor] = []
+        self._shapes: list[tuple[torch.Size, torch.dtype, torch.device]] = []
+        self._receive: Receiver | None = None
+        self._seen: set[int] = set()
+
+        def tap(index: int, tap: Tap, out: Tensor) -> Tensor:
+            out = spread(out, tap, batch)
+            if not out.requires_grad:
+                root = out.detach().requires_grad_()
+                self._roots.append(root)
+                out = root.clone()  # not a leaf: the model may write into it
+            # the edge stays right when the output is written to later
+            self._edges.append(get_gradient_edge(out))
+            self._shapes.append((out.shape, out.dtype, out.device))
+            out.register_hook(lambda g, index=index: self._deliver(index, g))
+            return out
+
+        tape = Tape(plan, tap, plain=False)
+        params, buffers, inputs = (_detached(v) for v in (params, buffers, inputs))
+        with torch.enable_grad(), tape:
+            outputs = model(params, buffers, inputs)
+        tape.finish(plan)
+        self._live = outputs
+        self.outputs = _detached(outputs)
+        self.kept = [tuple(t.detach() for t in group) for group in tape.kept]
+
+    def _deliver(self, index: int, g: Tensor) -> None:
+        if self._receive is not None:
+            self._seen.add(index)
+            self._receive(index, g.unsqueeze(0))
+
+    def output_bytes(self, index: int) -> int:
+        """Return the size of the output of a tap."""
+        shape, dtype, _ = self._shapes[index]
+        return shape.numel() * dtype.itemsize
+
+    def pull(self, cotangents: Any, receive: Receiver, *, last: bool) -> None:
+        """Run the backward, batched over the columns where every operation has a batching rule."""
+        pairs = [
+            (out, c)
+            for out, c in zip(trees.leaves(self._live), trees.leaves(cotangents), strict=True)
+            if out.requires_grad
+        ]
+        if not pairs:
+            self._missing(receive, cotangents, set())
+            return
+        outputs, many = [out for out, _ in pairs], [c for _, c in pairs]
+        columns = many[0].shape[0]
+        if columns > 1:
+            found = self._batched(outputs, many, last)
+            if found is not None:
+                arrived = {i for i, g in enumerate(found) if g is not None}
+                self._missing(receive, cotangents, arrived)
+                for index in range(len(found)):
+                    g, found[index] = found[index], None
+                    if g is not None:
+                        receive(index, g)
+                return
+        for k in range(columns):
+            self._receive, self._seen = receive, set()
+            keep = not last or k < columns - 1
+            try:
+                self._backward(outputs, [c[k] for c in many], keep)
+            finally:
+                self._receive = None
+            self._missing(receive, cotangents, self._seen)
+
+    def _backward(self, outputs: list[Tensor], cotangents: list[Tensor], keep: bool) -> None:
+        try:
+            torch.autograd.grad(
+                outputs, self._roots, cotangents, retain_graph=keep, allow_unused=True
+            )
+        except RuntimeError as error:
+            refuse_checkpointing(error)
+            raise
+
+    def _batched(
+        self, outputs: list[Tensor], cotangents: list[Tensor], last: bool
+    ) -> list[Tensor | None] | None:
+        """Return the cotangents `[K, *output]` of all taps, or None where batching is not possible."""
+        with warnings.catch_warnings():
+            # an operation without a batching rule warns and falls back to a slow loop
+            warnings.simplefilter("error")
+            try:
+                return list(
+                    torch.autograd.grad(
+                        outputs,
+                        self._edges,
+                        cotangents,
+                        retain_graph=True,
+                        allow_unused=True,
+                        is_grads_batched=True,
+                    )
+                )
+            except (RuntimeError, UserWarning):
+                return None
+
+    def _missing(self, receive: Receiver, cotangents: Any, arrived: set[int]) -> None:
+        """Deliver zeros for taps that the outputs do not depend on."""
+        for index, (shape, dtype, device) in enumerate(self._shapes):
+            if index not in arrived:
+                receive(index, torch.zeros((), dtype=dtype, device=device).expand(1, *shape))
+
+
+def refuse_checkpointing(error: RuntimeError) -> None:
+    """Raise a clear error if the cause is activation checkpointing; return otherwise."""
+    text = f"{type(error).__name__} {error}".lower()
+    if "checkpoint" in text or "saved tensor hooks" in text:
+        raise UnsupportedError(
+            "capture: expected a model without activation checkpointing, got one whose layers run "
+            "again in the backward pass. Switch it off (gradient_checkpointing_disable() on Hugging "
+            "Face models); chunk_size= bounds the memory instead."
+        ) from error
+
+
+def _detached(tree: Any) -> Any:
+    leaves, structure = trees.flatten(tree)
+    return trees.unflatten(structure, [t.detach() if isinstance(t, Tensor) else t for t in leaves])

@@ -1,0 +1,104 @@
+"""From cotangents to the scores of every parameter, one parameter at a time.
+
+As soon as the backward has passed all uses of a parameter, its scores are handed over in factored form
+and its cotangents can be freed; parameters on the general path follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from fisherfn.capture import general
+from fisherfn.capture.engines import Run, needs_composition, size_of, start
+from fisherfn.capture.plan import Plan
+from fisherfn.capture.tape import forms_of
+from fisherfn.core import trees
+from fisherfn.core.modes import transformed
+from fisherfn.layers.direct import Direct
+from fisherfn.layers.form import Form
+from fisherfn.layers.leaf import LeafScores
+from fisherfn.layers.numerics import wide
+from fisherfn.layers.views import View
+
+#: Takes the index of a parameter and its scores for the columns that were pulled back.
+Consumer: TypeAlias = Callable[[int, LeafScores], None]
+
+
+class Captured:
+    """A forward of a model on some examples, ready to give scores for any cotangents."""
+
+    def __init__(
+        self, model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan, *, plain: bool
+    ) -> None:
+        """Run the forward; `plain` says that several columns will be pulled back together."""
+        self.arguments = (model, params, buffers, inputs)
+        self.plan = plan
+        self.batch = size_of(inputs)
+        self.leaves = trees.leaves(params)
+        self.run: Run = start(model, params, buffers, inputs, plan, plain=plain)
+        self._expected = [0] * len(self.leaves)
+        for tap in plan.taps:
+            for use in tap.uses:
+                self._expected[use.leaf] += 1
+
+    @property
+    def outputs(self) -> Any:
+        """What the model returned."""
+        return self.run.outputs
+
+    def scores(self, cotangents: Any, consume: Consumer, *, last: bool = True) -> None:
+        """Pull back cotangents `[K, *outputs]` and hand every parameter's scores to `consume`.
+
+        `last` promises that this forward is not needed again.
+        """
+        composed = transformed() or needs_composition(*self.arguments[1:])
+        self.pull_only(cotangents, consume, last=last)
+        self._general(cotangents, consume, composed)
+        for leaf in self.plan.unused:
+            t = wide(self.leaves[leaf])
+            zero = t.new_zeros(()).expand(1, self.batch, *t.shape)
+            consume(leaf, LeafScores(((Direct(zero), ()),), tuple(t.shape)))
+
+    def pull_only(self, cotangents: Any, consume: Consumer, *, last: bool = True) -> None:
+        """Like `scores`, for the captured parameters alone."""
+        composed = transformed() or needs_composition(*self.arguments[1:])
+        waiting: dict[int, list[tuple[Form, View]]] = {}
+        arrived = [0] * len(self.leaves)
+
+        def receive(index: int, g: Tensor) -> None:
+            tap = self.plan.taps[index]
+            with _exact_arithmetic(composed, g):
+                for leaf, form, view in forms_of(tap, self.run.kept[index], g, self.batch):
+                    waiting.setdefault(leaf, []).append((form, view))
+                    arrived[leaf] += 1
+                    if arrived[leaf] == self._expected[leaf]:
+                        arrived[leaf] = 0
+                        shape = tuple(self.leaves[leaf].shape)
+                        consume(leaf, LeafScores.of(waiting.pop(leaf), shape))
+
+        self.run.pull(cotangents, receive, last=last)
+
+    def _general(self, cotangents: Any, consume: Consumer, composed: bool) -> None:
+        if not self.plan.general:
+            return
+        leaves = sorted(self.plan.general)
+        found = general.scores(*self.arguments, cotangents, leaves, looped=self.plan.looped)
+        for leaf, d in zip(leaves, found, strict=True):
+            with _exact_arithmetic(composed, d):
+                shape = tuple(self.leaves[leaf].shape)
+                consume(leaf, LeafScores(((Direct(wide(d)), ()),), shape))
+
+
+@contextmanager
+def _exact_arithmetic(composed: bool, like: Tensor) -> Iterator[None]:
+    """No autocast in contractions, and no graph unless the result must be differentiable."""
+    with (
+        torch.autocast(like.device.type, enabled=False),
+        torch.set_grad_enabled(composed and torch.is_grad_enabled()),
+    ):
+        yield

@@ -1,0 +1,34 @@
+"""Under which transformation is this code running?
+
+Values may be looked at (and errors raised for them) only in plain eager execution: inside
+`torch.compile` a data-dependent raise cannot be traced, and inside `torch.func` transformations a
+tensor has no single value.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._C._functorch import peek_interpreter_stack
+from torch._subclasses.fake_tensor import FakeTensor
+
+
+def transformed() -> bool:
+    """Return True inside `torch.compile` or any `torch.func` transformation."""
+    return torch.compiler.is_compiling() or peek_interpreter_stack() is not None
+
+
+def concrete(*values: Any) -> bool:
+    """Return True iff the values of these tensors may be looked at here.
+
+    >>> concrete(torch.ones(2))
+    True
+    >>> concrete(torch.ones(2, device="meta"))
+    False
+    """
+    if transformed():
+        return False
+    return not any(
+        isinstance(v, FakeTensor) or (isinstance(v, torch.Tensor) and v.is_meta) for v in values
+    )

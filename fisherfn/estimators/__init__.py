@@ -1,0 +1,1 @@
+"""Estimators: transformations of a model that turn batches into Fisher information."""

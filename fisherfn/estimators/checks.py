@@ -1,0 +1,211 @@
+"""Validation at the door of every estimator: options once, arguments at each call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fisherfn.batch import Batch
+from fisherfn.core import trees
+from fisherfn.core.errors import DataError, OptionError, ShapeError, TreeMismatchError
+from fisherfn.core.modes import concrete
+from fisherfn.estimators.observe import Labels
+
+FISHERS = ("exact", "mc", "curvature_prop", "empirical")
+UNITS = ("example", "position")
+
+
+def check_options(
+    caller: str, model: Any, fisher: Any, num_samples: Any, unit: Any, chunk_size: Any
+) -> Labels:
+    """Return the labels that the options ask for, or raise `OptionError`."""
+    if isinstance(model, nn.Module) or not callable(model):
+        raise OptionError(
+            f"{caller}: expected a function (params, buffers, inputs) -> outputs, got "
+            f"{type(model).__name__}. Use model, params, buffers = functional(module)."
+        )
+    if fisher not in FISHERS:
+        raise OptionError(
+            f"{caller}: expected fisher= to be one of {', '.join(map(repr, FISHERS))}, got "
+            f"{fisher!r}. 'exact' is the Fisher information of the model itself."
+        )
+    if unit not in UNITS:
+        raise OptionError(
+            f"{caller}: expected unit= to be 'example' or 'position', got {unit!r}. A row of the "
+            "batch is an example; its tokens or pixels are positions."
+        )
+    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
+        raise OptionError(
+            f"{caller}: expected num_samples= to be an integer of at least 1, got {num_samples!r}. "
+            "It is the number of draws of labels for each example."
+        )
+    if num_samples > 1 and fisher in ("exact", "empirical"):
+        raise OptionError(
+            f"{caller}: expected num_samples=1 for fisher={fisher!r}, got {num_samples}. Nothing is "
+            "drawn there; use fisher='mc' or 'curvature_prop'."
+        )
+    check_chunk_size(caller, chunk_size)
+    return Labels(fisher, num_samples, unit)
+
+
+def check_chunk_size(caller: str, chunk_size: Any) -> None:
+    """Raise unless `chunk_size` is None or a positive integer."""
+    if chunk_size is None:
+        return
+    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
+        raise OptionError(
+            f"{caller}: expected chunk_size= to be None or an integer of at least 1, got "
+            f"{chunk_size!r}. It is the number of examples that are processed together."
+        )
+
+
+def check_key(caller: str, labels: Labels, key: Any) -> None:
+    """Raise unless there is a key where labels are drawn."""
+    if labels.fisher not in ("mc", "curvature_prop"):
+        return
+    if not isinstance(key, Tensor):
+        got = "None" if key is None else type(key).__name__
+        raise OptionError(
+            f"{caller}: expected key= for fisher={labels.fisher!r}, got {got}. Pass "
+            "key=random.key(seed); the same key draws the same labels."
+        )
+    if key.dtype != torch.int64 or tuple(key.shape) != (2,):
+        raise ShapeError(
+            f"{caller}: expected key= to be one key, int64 of shape (2,), got {key.dtype} of shape "
+            f"{tuple(key.shape)}. Make it with random.key(seed)."
+        )
+
+
+def check_params(caller: str, params: Any) -> list[Tensor]:
+    """Return the leaves of the parameters, or raise if one cannot be differentiated by."""
+    leaves = trees.leaves(params)
+    if not leaves:
+        raise TreeMismatchError(
+            f"{caller}: expected params with at least one tensor, got none. Pass what functional() "
+            "returned."
+        )
+    for path, leaf in zip(trees.paths(params), leaves, strict=True):
+        if not isinstance(leaf, Tensor):
+            raise TreeMismatchError(
+                f"{caller}: expected params to hold tensors, got {type(leaf).__name__} at '{path}'. "
+                "Constants belong into the buffers or the closure."
+            )
+        if not leaf.is_floating_point():
+            raise ShapeError(
+                f"{caller}: expected floating-point params, got {leaf.dtype} at '{path}'. Move it "
+                "to the buffers: nothing can be differentiated by integers."
+            )
+    return leaves
+
+
+def check_batch(caller: str, batch: Any) -> int:
+    """Return B, or raise unless all parts of a batch have the examples as leading axis."""
+    if not isinstance(batch, Batch):
+        raise ShapeError(
+            f"{caller}: expected a Batch, got {type(batch).__name__}. Wrap the data: "
+            "Batch(inputs, targets=...)."
+        )
+    size: int | None = None
+    for path, leaf in zip(trees.paths(batch.inputs), trees.leaves(batch.inputs), strict=True):
+        if not isinstance(leaf, Tensor):
+            continue
+        where = f"inputs['{path}']" if path else "inputs"
+        if leaf.dim() == 0:
+            raise ShapeError(
+                f"{caller}: expected the examples as leading axis, got a scalar at {where}. Put "
+                "constants into the buffers."
+            )
+        if size is not None and leaf.shape[0] != size:
+            raise ShapeError(
+                f"{caller}: expected {size} examples, as before, got {leaf.shape[0]} at {where}. "
+                "Every tensor in a batch has the same leading axis; constants go into the buffers."
+            )
+        size = leaf.shape[0]
+    if size is None:
+        raise ShapeError(f"{caller}: expected a tensor among the inputs, got none.")
+    if size == 0:
+        raise DataError(f"{caller}: expected at least one example, got an empty batch. Skip it.")
+    for path, leaf in zip(trees.paths(batch.targets), trees.leaves(batch.targets), strict=True):
+        if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != size):
+            where = f"targets['{path}']" if path else "targets"
+            raise ShapeError(
+                f"{caller}: expected targets of {size} examples, got shape {tuple(leaf.shape)} at "
+                f"{where}. Give one target, or one row of targets, an example."
+            )
+    _check_bool(caller, "mask", batch.mask)
+    _check_bool(caller, "positions", batch.positions)
+    _check_weights(caller, batch.weights)
+    if batch.ids is not None and (
+        not isinstance(batch.ids, Tensor)
+        or batch.ids.dtype != torch.int64
+        or tuple(batch.ids.shape) != (size,)
+    ):
+        got = (
+            f"{batch.ids.dtype} of shape {tuple(batch.ids.shape)}"
+            if isinstance(batch.ids, Tensor)
+            else type(batch.ids).__name__
+        )
+        raise ShapeError(
+            f"{caller}: expected ids to be int64 of shape ({size},), got {got}. They name the "
+            "examples; leave them out for 0, 1, 2, ..."
+        )
+    return size
+
+
+def _check_bool(caller: str, name: str, value: Any) -> None:
+    if value is not None and (not isinstance(value, Tensor) or value.dtype != torch.bool):
+        got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+        raise ShapeError(
+            f"{caller}: expected {name} to be a bool tensor, got {got}. Write {name} != 0 if it "
+            "means that; multiplicities are weights."
+        )
+
+
+def _check_weights(caller: str, weights: Any) -> None:
+    if weights is None:
+        return
+    if not isinstance(weights, Tensor) or not weights.is_floating_point():
+        got = weights.dtype if isinstance(weights, Tensor) else type(weights).__name__
+        raise ShapeError(
+            f"{caller}: expected weights to be a floating-point tensor, got {got}. Convert them "
+            "with weights.float()."
+        )
+    if concrete(weights) and not bool(((weights >= 0) & weights.isfinite()).all()):
+        bad = (~((weights >= 0) & weights.isfinite())).nonzero()[0].tolist()
+        raise DataError(
+            f"{caller}: expected finite weights of at least 0, got {weights[tuple(bad)].item():g} "
+            f"at weights[{', '.join(map(str, bad))}]. Weights are multiplicities; leave examples "
+            "out with the mask or with weight 0."
+        )
+
+
+def check_positions(caller: str, batch: Batch, shape: tuple[int, ...], unit: str) -> None:
+    """Raise unless mask, positions and weights fit the shape of `log_prob`."""
+    size = trees.leaves(batch.inputs)[0].shape[0]
+    if not shape or shape[0] != size:
+        raise ShapeError(
+            f"{caller}: expected outputs of {size} examples, got log_prob of shape {shape}. The "
+            "model must keep the examples as leading axis of its outputs."
+        )
+    for name, value in (("mask", batch.mask), ("positions", batch.positions)):
+        if value is None:
+            continue
+        fits = value.dim() <= len(shape) and all(
+            n in (1, m) for n, m in zip(value.shape, shape, strict=False)
+        )
+        if not fits or value.dim() == 0:
+            raise ShapeError(
+                f"{caller}: expected {name} to broadcast to the shape of log_prob, {shape}, got "
+                f"{tuple(value.shape)}. Its axes are [B, *positions]."
+            )
+    if batch.weights is None:
+        return
+    allowed = [shape[:1]] if unit == "example" else [shape[:1], shape]
+    if tuple(batch.weights.shape) not in allowed:
+        wanted = " or ".join(str(s) for s in dict.fromkeys(allowed))
+        raise ShapeError(
+            f"{caller}: expected weights of shape {wanted} for unit={unit!r}, got "
+            f"{tuple(batch.weights.shape)}. A weight belongs to a unit."
+        )

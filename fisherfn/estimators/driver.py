@@ -1,0 +1,295 @@
+"""The loop that every estimator shares: chunks of examples, draws of labels, blocks of columns.
+
+One forward for each chunk; one backward for each distinct kind of labels, draw and block of columns;
+every statistic that asked for those labels receives the scores while they exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn.batch import Batch
+from fisherfn.capture.plan import Plan
+from fisherfn.capture.planning import plan_for, remember
+from fisherfn.capture.scores import Captured
+from fisherfn.capture.tape import PlanMismatchError
+from fisherfn.core import trees
+from fisherfn.core.errors import DataError
+from fisherfn.core.modes import concrete, transformed
+from fisherfn.estimators import checks
+from fisherfn.estimators.observe import (
+    Counted,
+    Labels,
+    Observed,
+    check_budget,
+    columns_needed,
+)
+from fisherfn.estimators.statistic import Frame, Statistic
+from fisherfn.layers.leaf import LeafScores
+from fisherfn.likelihoods.base import Likelihood
+
+# Bytes that whole rows of scores (the general path, dense matrices) may take at once, and that the
+# cotangents of a block of columns may take.
+_ROWS = 256 * 2**20
+_COLUMNS = {"cpu": 64 * 2**20, "cuda": 2**30}
+
+
+@dataclass(frozen=True)
+class Task:
+    """A kind of statistic, and the labels it wants."""
+
+    labels: Labels
+    make: Callable[[], Statistic]
+
+
+@dataclass(frozen=True)
+class _Job:
+    """A statistic at work."""
+
+    labels: Labels
+    statistic: Statistic
+
+
+def evaluate(
+    caller: str,
+    model: Any,
+    likelihood: Likelihood,
+    tasks: Sequence[Task],
+    params: Any,
+    buffers: Any,
+    batch: Batch,
+    key: Tensor | None,
+    chunk_size: int | None,
+) -> list[Any]:
+    """Do all tasks on one batch and return their results."""
+    leaves = checks.check_params(caller, params)
+    size = checks.check_batch(caller, batch)
+    for task in tasks:
+        checks.check_key(caller, task.labels, key)
+    plan = plan_for(model, params, buffers, batch.inputs)
+    jobs = [_Job(task.labels, task.make()) for task in tasks]
+    loop = _Loop(caller, model, likelihood, jobs, params, buffers, batch, key, size)
+    try:
+        totals = loop.run(plan, chunk_size)
+    except PlanMismatchError as error:
+        # layers that come and go with the data: nothing can be tapped reliably
+        if transformed():
+            raise
+        everything = dict.fromkeys(range(len(leaves)), str(error))
+        plan = replace(plan, taps=(), general={}, looped=True).without(everything)
+        remember(model, params, buffers, batch.inputs, plan)
+        jobs = [_Job(task.labels, task.make()) for task in tasks]
+        loop = _Loop(caller, model, likelihood, jobs, params, buffers, batch, key, size)
+        totals = loop.run(plan, chunk_size)
+    frames = [
+        Frame(params, leaves, total, job.labels.fisher, job.labels.unit, size)
+        for total, job in zip(totals, jobs, strict=True)
+    ]
+    return [job.statistic.result(frame) for job, frame in zip(jobs, frames, strict=True)]
+
+
+class _Loop:
+    """One evaluation: what stays the same while chunks, draws and columns change."""
+
+    def __init__(
+        self,
+        caller: str,
+        model: Any,
+        likelihood: Likelihood,
+        jobs: Sequence[_Job],
+        params: Any,
+        buffers: Any,
+        batch: Batch,
+        key: Tensor | None,
+        size: int,
+    ) -> None:
+        self.caller = caller
+        self.model, self.likelihood, self.jobs = model, likelihood, jobs
+        self.params, self.buffers, self.batch, self.key = params, buffers, batch, key
+        self.size = size
+        for job in jobs:
+            job.statistic.begin(params)
+        self.counted: dict[str, Counted] = {}
+
+    def run(self, plan: Plan, chunk_size: int | None) -> list[Tensor]:
+        """Visit every chunk, draw and column; return N for each job."""
+        groups: dict[Labels, list[_Job]] = {}
+        for job in self.jobs:
+            groups.setdefault(job.labels, []).append(job)
+        step = self._chunk(plan, chunk_size)
+        draws = max(labels.num_samples for labels in groups)
+        if draws > 1 and step < self.size:
+            # a draw is finished before the next begins, so that its error can be known
+            passes: list[list[int]] = [[s] for s in range(draws)]
+        else:
+            passes = [list(range(draws))]
+        for samples in passes:
+            for start in range(0, self.size, step):
+                stop = min(self.size, start + step)
+                alone = step >= self.size
+                self._chunk_pass(plan, groups, samples, start, stop, alone)
+            if step < self.size:
+                for sample in samples:
+                    self._end_draw(groups, sample)
+        return [self.counted[job.labels.unit].total for job in self.jobs]
+
+    def _end_draw(self, groups: dict[Labels, list[_Job]], sample: int) -> None:
+        for labels, jobs in groups.items():
+            if sample < labels.num_samples:
+                for job in jobs:
+                    job.statistic.end_draw()
+
+    def _chunk(self, plan: Plan, chunk_size: int | None) -> int:
+        """Return how many examples go together."""
+        if chunk_size is not None:
+            return min(chunk_size, self.size)
+        leaves = trees.leaves(self.params)
+        rows = sum(leaves[i].numel() for i in plan.general)
+        if any(job.statistic.needs_rows for job in self.jobs):
+            rows = sum(t.numel() for t in leaves)
+        return min(self.size, max(1, _ROWS // max(1, 8 * rows))) if rows else self.size
+
+    def _chunk_pass(
+        self,
+        plan: Plan,
+        groups: dict[Labels, list[_Job]],
+        samples: Sequence[int],
+        start: int,
+        stop: int,
+        alone: bool,
+    ) -> None:
+        inputs = self.batch.inputs
+        if (start, stop) != (0, self.size):
+            inputs = _part(inputs, start, stop)
+        many = any(
+            labels.fisher == "exact" or (labels.fisher, labels.unit) == ("empirical", "position")
+            for labels in groups
+        )
+        captured = Captured(
+            self.model, self.params, self.buffers, inputs, plan, plain=many
+        )
+        observed = self._observe(captured.outputs, groups, start, stop)
+        if samples[0] == 0:
+            for labels, jobs in groups.items():
+                for job in jobs:
+                    job.statistic.observe(observed[labels.unit])
+        pulls = [
+            (labels, [job for job in jobs if job.statistic.needs_scores], sample)
+            for sample in samples
+            for labels, jobs in groups.items()
+            if sample < labels.num_samples and any(j.statistic.needs_scores for j in jobs)
+        ]
+        for i, (labels, jobs, sample) in enumerate(pulls):
+            self._pull(captured, observed[labels.unit], labels, jobs, sample, i == len(pulls) - 1)
+            for job in jobs:
+                job.statistic.end_chunk()
+                if alone:
+                    job.statistic.end_draw()
+
+    def _pull(
+        self,
+        captured: Captured,
+        observed: Observed,
+        labels: Labels,
+        jobs: Sequence[_Job],
+        sample: int,
+        final: bool,
+    ) -> None:
+        normalised = all(job.statistic.normalised for job in jobs)
+        columns = columns_needed(labels, self.likelihood, captured.outputs)
+        check_budget(self.caller, labels, columns)
+        step = self._column_step(captured, columns)
+        root = observed.counted.root_weights()
+
+        def consume(leaf: int, scores: LeafScores) -> None:
+            for job in jobs:
+                mine = scores
+                if job.statistic.normalised and not normalised:
+                    mine = scores.scaled(root)
+                job.statistic.take(leaf, mine, root)
+
+        done = 0
+        for block in observed.cotangents(labels, sample, normalised=normalised, step=step):
+            done += trees.leaves(block)[0].shape[0]
+            captured.scores(block, consume, last=final and done == columns)
+            for job in jobs:
+                job.statistic.end_pull()
+
+    def _column_step(self, captured: Captured, columns: int) -> int:
+        """Return how many columns are pulled back together."""
+        if columns == 1:
+            return 1
+        each = sum(t.numel() * t.element_size() for t in trees.leaves(captured.outputs))
+        for group in captured.run.kept:
+            each += sum(t.numel() * t.element_size() for t in group)
+        leaves = captured.leaves
+        rows = sum(leaves[i].numel() for i in captured.plan.general)
+        if any(job.statistic.needs_rows for job in self.jobs):
+            rows = sum(t.numel() for t in leaves)
+        each += 8 * rows * captured.batch
+        device = trees.leaves(captured.outputs)[0].device.type
+        budget = _COLUMNS.get(device, _COLUMNS["cpu"])
+        return max(1, min(columns, budget // max(1, each)))
+
+    def _observe(
+        self, outputs: Any, groups: dict[Labels, list[_Job]], start: int, stop: int
+    ) -> dict[str, Observed]:
+        """Check the data against the outputs, count it, and return it for each unit."""
+        self.likelihood.check_outputs(self.caller, outputs)
+        shape = self.likelihood.positions_shape(outputs)
+        units = dict.fromkeys(labels.unit for labels in groups)
+        like = trees.leaves(outputs)[0]
+        for unit in units:
+            if unit not in self.counted:
+                full = (self.size, *shape[1:])
+                checks.check_positions(self.caller, self.batch, full, unit)
+                counted = Counted.of(self.batch.mask, self.batch.weights, full, unit, like)
+                self._check_total(counted)
+                self.counted[unit] = counted
+        part = next(iter(self.counted.values())).part(start, stop)
+        targets = self.batch.targets
+        if targets is not None and (start, stop) != (0, self.size):
+            targets = _part(targets, start, stop)
+        bad = None
+        if any(labels.fisher == "empirical" for labels in groups):
+            mask = part.mask if part.masked else None
+            self.likelihood.check_targets(self.caller, outputs, targets, mask)
+            bad = self._poison(outputs, targets, mask)
+        ids = self.batch.ids
+        if ids is None:
+            ids = torch.arange(self.size, device=like.device)
+        found = {}
+        for unit in units:
+            own = self.counted[unit].part(start, stop)
+            found[unit] = Observed(
+                self.likelihood, outputs, targets, ids[start:stop], self.key, own, bad
+            )
+        return found
+
+    def _poison(self, outputs: Any, targets: Any, mask: Tensor | None) -> Tensor | None:
+        """Where values cannot be looked at, return what turns every result into NaN, or 1."""
+        if concrete(*trees.leaves((outputs, targets))):
+            return None
+        bad = self.likelihood.poison(outputs, targets, mask)
+        dtype = torch.promote_types(trees.leaves(outputs)[0].dtype, torch.float32)
+        one = torch.ones((), dtype=dtype, device=bad.device)
+        return torch.where(bad, torch.full_like(one, float("nan")), one)
+
+    def _check_total(self, counted: Counted) -> None:
+        if not any(job.statistic.normalised for job in self.jobs):
+            return
+        if concrete(counted.total) and not bool(counted.total > 0):
+            raise DataError(
+                f"{self.caller}: expected at least one unit to count, got a total weight of "
+                f"{counted.total.item():g}: everything is masked or has weight 0. Skip the batch."
+            )
+
+
+def _part(tree: Any, start: int, stop: int) -> Any:
+    return trees.map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, tree)
+

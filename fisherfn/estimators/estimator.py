@@ -1,0 +1,79 @@
+"""What every estimator is: a frozen callable that knows its model, likelihood and options."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn.batch import Batch
+from fisherfn.estimators import opaque
+from fisherfn.estimators.driver import Task, evaluate
+from fisherfn.estimators.observe import Labels
+from fisherfn.estimators.statistic import Statistic
+from fisherfn.likelihoods.base import Likelihood
+
+
+@dataclass(frozen=True, eq=False)
+class Estimator:
+    """A transformation of a model: called with `(params, buffers, batch, *, key=None)`.
+
+    Pure, and safe under `torch.compile(fullgraph=True)`, `torch.vmap` over parameters and
+    `torch.func.grad`. The options are read-only.
+
+    Attributes:
+        name: The function that made it.
+        model: The function `(params, buffers, inputs) -> outputs`.
+        likelihood: What turns outputs into a distribution.
+        options: The keyword arguments it was made with.
+    """
+
+    name: str
+    model: Any
+    likelihood: Likelihood
+    options: Mapping[str, Any]
+    labels: Labels = field(repr=False)
+    make: Callable[[], Statistic] = field(repr=False)
+    slot: str = field(init=False, repr=False, default="")
+
+    def __post_init__(self) -> None:
+        """Make the options read-only and take a name that compiled code can call by."""
+        object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        object.__setattr__(self, "slot", opaque.register(self))
+
+    def __call__(
+        self, params: Any, buffers: Any, batch: Batch, *, key: Tensor | None = None
+    ) -> Any:
+        """Estimate on one batch.
+
+        Args:
+            params: Tree of P scalars in total.
+            buffers: What else the model reads.
+            batch: The data.
+            key: Random key, needed where labels are drawn.
+
+        Raises:
+            FisherError: the arguments do not fit; the message says which and what to do.
+        """
+        if torch.compiler.is_dynamo_compiling():
+            return opaque.call(self.slot, params, buffers, batch, key)
+        return self.evaluate(params, buffers, batch, key)
+
+    def evaluate(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Any:
+        """Run the loop that all estimators share; see `__call__`."""
+        (result,) = evaluate(
+            self.name,
+            self.model,
+            self.likelihood,
+            [Task(self.labels, self.make)],
+            params,
+            buffers,
+            batch,
+            key,
+            self.options.get("chunk_size"),
+        )
+        return result

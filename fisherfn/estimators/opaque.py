@@ -1,0 +1,74 @@
+"""How estimators enter a compiled graph: as one call that Dynamo does not look into.
+
+The capture needs real Python: identity of tensors, attribute access such as `W.T`, a mode that watches.
+AOTAutograd traces through it with fake tensors, so the compiled graph contains every operation; only
+Dynamo's symbolic interpretation of the Python code is skipped (`torch._dynamo.nonstrict_trace`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fisherfn.batch import Batch
+
+
+class Entry(Protocol):
+    """Something that is called with the arguments of an estimator."""
+
+    def evaluate(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Any:
+        """Do the work."""
+        ...
+
+
+_ENTRIES: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
+_NUMBERS = itertools.count()
+_traced: Callable[..., Any] | None = None
+
+
+def register(entry: Entry) -> str:
+    """Give an entry the name by which compiled code refers to it."""
+    slot = f"estimator {next(_NUMBERS)}"  # Dynamo would make a symbol of a number
+    _ENTRIES[slot] = entry
+    return slot
+
+
+def _run(
+    slot: str, params: Any, buffers: Any, fields: dict[str, Any], keys: list[Tensor]
+) -> Any:
+    return _ENTRIES[slot].evaluate(params, buffers, Batch(**fields), keys[0] if keys else None)
+
+
+def _prepare() -> int:
+    """Import Dynamo's decorator only when something is being compiled: it takes seconds to load."""
+    global _traced
+    if _traced is None:
+        import torch._dynamo
+
+        _traced = torch._dynamo.nonstrict_trace(_run)
+    return 0
+
+
+# Dynamo evaluates this function instead of tracing it, before it looks up `_traced`.
+_prepare._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def call(slot: str, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Any:
+    """Call an entry from code that Dynamo is tracing."""
+    _prepare()
+    assert _traced is not None
+    fields = {
+        "inputs": batch.inputs,
+        "targets": batch.targets,
+        "mask": batch.mask,
+        "weights": batch.weights,
+        "ids": batch.ids,
+        "positions": batch.positions,
+    }
+    given = {name: value for name, value in fields.items() if value is not None}
+    return _traced(slot, params, buffers, given, [] if key is None else [key])

@@ -1,0 +1,165 @@
+"""Convolutions in one to three dimensions, and transposed ones.
+
+Tensor format: the input is `[B, M, C, *space]`, the cotangent `[K, B, M, O, *space]`. The input's patches,
+one row for each output position, turn a convolution into a matrix product; each group has its own rows.
+A transposed convolution is the adjoint: the patches are those of the cotangent.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from fisherfn.layers.elementwise import Alignment, ShiftBuilder
+from fisherfn.layers.form import Form
+from fisherfn.layers.numerics import wide
+from fisherfn.layers.outer import Outer
+from fisherfn.layers.registry import Call, Match, Role, register_rule
+from fisherfn.layers.views import Permute, Reshape, View
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Window of a convolution: sizes a dimension."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+    def patches(self, x: Tensor, places: Sequence[int]) -> Tensor:
+        """Return the patches of `[N, C, *space]` as `[N, groups, positions, C/groups * window]`.
+
+        `places` is the number of windows along each dimension; windows beyond it are dropped.
+        """
+        nd = len(self.kernel)
+        x = F.pad(x, [p for both in reversed(self.padding) for p in both])
+        extents = [self.dilation[d] * (self.kernel[d] - 1) + 1 for d in range(nd)]
+        for d in range(nd):
+            # the last windows may reach beyond what is needed
+            x = x.narrow(2 + d, 0, (places[d] - 1) * self.stride[d] + extents[d])
+        n, c = x.shape[:2]
+        if nd == 2:
+            columns = F.unfold(x, self.kernel, self.dilation, 0, self.stride)
+            return columns.reshape(n, self.groups, -1, columns.shape[-1]).transpose(-1, -2)
+        for d in range(nd):
+            x = x.unfold(2 + d, extents[d], self.stride[d])[..., :: self.dilation[d]]
+        x = x.reshape(n, self.groups, c // self.groups, *places, *self.kernel)
+        x = x.permute(0, 1, *range(3, 3 + nd), 2, *range(3 + nd, 3 + 2 * nd))
+        return x.reshape(n, self.groups, math.prod(places), -1)
+
+
+def _rows(t: Tensor, groups: int) -> Tensor:
+    """Return `[N, C, *space]` as `[N, groups, positions, C/groups]`."""
+    n, c = t.shape[:2]
+    return t.reshape(n, groups, c // groups, -1).transpose(-1, -2)
+
+
+def _examples(t: Tensor, m: int) -> Tensor:
+    """Return `[N*M, R, T, C]` as `[N, R, M*T, C]`."""
+    if m == 1:
+        return t
+    t = t.reshape(-1, m, *t.shape[1:]).transpose(1, 2)
+    return t.reshape(*t.shape[:2], -1, t.shape[-1])
+
+
+@dataclass(frozen=True)
+class ConvolutionBuilder:
+    """Outer products of patches and cotangents, or the reverse for a transposed convolution."""
+
+    geometry: Geometry
+    shape: tuple[int, ...]
+    transposed: bool
+
+    def accepts(self, axis: int, rank: int) -> bool:
+        """Examples lie along the first axis."""
+        return axis == 0 and rank == len(self.geometry.kernel) + 2
+
+    def __call__(self, kept: Sequence[Tensor], g: Tensor, axis: int) -> tuple[Form, View]:
+        """Return the outer form, `[groups, O/groups, C/groups * window]` for a convolution."""
+        (k, b, m), geometry = g.shape[:3], self.geometry
+        x = wide(kept[0]).expand(b, m, *kept[0].shape[2:])
+        x = x.reshape(b * m, *x.shape[2:])
+        g = wide(g).reshape(k * b * m, *g.shape[3:])
+        if self.transposed:
+            a, rows = _rows(x, geometry.groups), geometry.patches(g, x.shape[2:])
+        else:
+            a, rows = geometry.patches(x, g.shape[2:]), _rows(g, geometry.groups)
+        rows = _examples(rows, m)
+        form = Outer(_examples(a, m), rows.reshape(k, b, *rows.shape[1:]))
+        if self.transposed:
+            return form, (Reshape(self.shape), Permute((0, 2, 1)))
+        return form, (Reshape(self.shape),)
+
+
+def _sizes(value: Any, nd: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * nd
+    value = tuple(value)
+    return value * nd if len(value) == 1 else value
+
+
+def _geometry(call: Call, weight: Tensor) -> Geometry:
+    kernel = tuple(weight.shape[2:])
+    nd = len(kernel)
+    dilation = _sizes(call["dilation"], nd)
+    padding = call["padding"]
+    if padding == "valid":
+        padding = 0
+    if padding == "same":
+        total = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        pairs = tuple((t // 2, t - t // 2) for t in total)
+    else:
+        pairs = tuple((p, p) for p in _sizes(padding, nd))
+    return Geometry(kernel, _sizes(call["stride"], nd), pairs, dilation, call["groups"])
+
+
+def _match(call: Call, *, transposed: bool) -> Match | None:
+    if "input" in call.tracked:
+        return None
+    roles = []
+    rank = len(call.output_shape)
+    if "weight" in call.tracked:
+        weight = call.tracked["weight"]
+        if rank != weight.dim():
+            return None
+        builder = ConvolutionBuilder(_geometry(call, weight), tuple(weight.shape), transposed)
+        roles.append(Role("weight", builder))
+    if "bias" in call.tracked:
+        shape = tuple(call.tracked["bias"].shape)
+        aligned = Alignment(shape, (1, *shape, *[1] * (rank - 2)))
+        roles.append(Role("bias", ShiftBuilder(aligned)))
+    return Match(("input",) if "weight" in call.tracked else (), tuple(roles))
+
+
+def match_convolution(call: Call) -> Match | None:
+    """`conv1d`, `conv2d` and `conv3d`."""
+    return _match(call, transposed=False)
+
+
+def match_transposed(call: Call) -> Match | None:
+    """`conv_transpose1d`, `conv_transpose2d` and `conv_transpose3d`."""
+    return _match(call, transposed=True)
+
+
+_DEFAULTS: dict[str, Any] = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+register_rule(
+    [F.conv1d, F.conv2d, F.conv3d],
+    ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    match_convolution,
+    name="convolution",
+    defaults=_DEFAULTS,
+)
+register_rule(
+    [F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d],
+    ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    match_transposed,
+    name="transposed convolution",
+    defaults=_DEFAULTS,
+)

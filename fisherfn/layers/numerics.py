@@ -1,0 +1,44 @@
+"""Choices of arithmetic that all contractions share: accumulation type and block sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fisherfn.core.modes import transformed
+
+# One block of per-example scores, in bytes. On a CPU a block should stay in the last-level cache; on a
+# GPU, and in compiled code, it only has to bound the memory.
+_CPU_BLOCK = 8 * 2**20
+_LARGE_BLOCK = 256 * 2**20
+
+
+def wide(t: Tensor) -> Tensor:
+    """Return `t` in at least float32: sums of squares of half-precision numbers need the range."""
+    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
+
+
+def in_place_allowed() -> bool:
+    """Return True where a fresh buffer may be overwritten: plain eager execution without a graph."""
+    return not transformed() and not torch.is_grad_enabled()
+
+
+def block_bytes(t: Tensor) -> int:
+    """Return how many bytes of per-example scores may be formed at once on the device of `t`."""
+    return _CPU_BLOCK if t.device.type == "cpu" and not transformed() else _LARGE_BLOCK
+
+
+def blocks(total: int, bytes_each: int, like: Tensor) -> Iterator[tuple[int, int]]:
+    """Yield ranges of `total` items such that one range needs at most a block of memory."""
+    step = max(1, block_bytes(like) // max(1, bytes_each))
+    for start in range(0, total, step):
+        yield start, min(total, start + step)
+
+
+def accumulate(total: Tensor | None, term: Tensor) -> Tensor:
+    """Return `total + term`, in place where nobody else can see `total`."""
+    if total is None:
+        return term
+    return total.add_(term) if in_place_allowed() else total + term

@@ -1,0 +1,153 @@
+"""Sums of outer products: every layer that multiplies by a matrix.
+
+Tensor format: `a` is `[B, R, T, I]`, inputs; `g` is `[K, B, R, T, O]`, cotangents of the outputs; R
+independent groups, T positions that share the weight. The score of example b is
+`score[r] = Σ_t g[b, r, t] a[b, r, t]ᵀ`, `[R, O, I]`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherfn.layers.form import Form
+from fisherfn.layers.numerics import accumulate, block_bytes, blocks, in_place_allowed
+
+
+@dataclass(frozen=True)
+class Outer(Form):
+    """Scores `Σ_t g_t a_tᵀ` of a weight with `R` groups of `O x I` entries."""
+
+    a: Tensor
+    g: Tensor
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(R, O, I)`."""
+        return (self.a.shape[1], self.g.shape[-1], self.a.shape[-1])
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.g.shape[0]
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.g.shape[1]
+
+    @property
+    def positions(self) -> int:
+        """T."""
+        return self.a.shape[2]
+
+    def scores(self) -> Tensor:
+        """Return the scores `[K, B, R, O, I]`."""
+        return self.g.transpose(-1, -2) @ self.a
+
+    def square_sum(self, total: Tensor | None = None) -> Tensor:
+        """Return the sum of squared scores `[R, O, I]`.
+
+        With one position the square factors, `(g²)ᵀ a²`; otherwise the scores of a block of examples
+        are formed, squared and added. Both are exact.
+        """
+        if self.positions == 1:
+            return accumulate(total, self._factored())
+        if in_place_allowed() and self.score_bytes >= block_bytes(self.a) // 16:
+            return self._one_by_one(total)
+        for start, stop in blocks(self.batch, self.score_bytes, self.a):
+            s = self.part(start, stop).scores()
+            s = s.square_() if in_place_allowed() else s * s
+            total = accumulate(total, s.sum((0, 1)))
+        assert total is not None
+        return total
+
+    def _factored(self) -> Tensor:
+        g2 = (self.g * self.g).sum(0) if self.columns > 1 else (self.g * self.g)[0]
+        a2 = self.a * self.a
+        if self.shape[0] == 1:
+            return (g2[:, 0, 0].T @ a2[:, 0, 0]).unsqueeze(0)
+        return g2[:, :, 0].permute(1, 2, 0) @ a2[:, :, 0].transpose(0, 1)
+
+    def _one_by_one(self, total: Tensor | None) -> Tensor:
+        if total is None:
+            total = self.a.new_zeros(self.shape)
+        score = torch.empty_like(total)
+        for k in range(self.columns):
+            for b in range(self.batch):
+                torch.bmm(self.g[k, b].transpose(-1, -2), self.a[b], out=score)
+                total.addcmul_(score, score)
+        return total
+
+    def sum(self) -> Tensor:
+        """Return the sum of the scores, `[R, O, I]`."""
+        g = self.g.sum(0)
+        r, o, i = self.shape
+        rows_g = g.transpose(0, 1).reshape(r, -1, o)
+        rows_a = self.a.transpose(0, 1).reshape(r, -1, i)
+        return rows_g.transpose(-1, -2) @ rows_a
+
+    def norms(self) -> Tensor:
+        """Return squared norms `[K, B]`, through positions or through the score, whichever is less work."""
+        t, (_, o, i) = self.positions, self.shape
+        if t == 1:
+            return ((self.g * self.g).sum((-1, -2)) * (self.a * self.a).sum((-1, -2))).sum(-1)
+        if t * (o + i) <= o * i:
+            aa = self.a @ self.a.transpose(-1, -2)
+            gg = self.g @ self.g.transpose(-1, -2)
+            return (aa * gg).sum((-1, -2, -3))
+        parts = []
+        for start, stop in blocks(self.batch, self.score_bytes, self.a):
+            s = self.part(start, stop).scores()
+            parts.append((s * s).sum((-1, -2, -3)))
+        return torch.cat(parts, dim=1)
+
+    def gram(self) -> Tensor:
+        """Return inner products `[B, B]`, through positions or through the score, whichever is less work."""
+        b, t, (r, o, i) = self.batch, self.positions, self.shape
+        if b * t * t * (o + i) <= t * o * i + b * o * i:
+            return self._gram_by_positions()
+        result = None
+        # blocks of output rows: scores of all examples for a few rows at a time
+        for start, stop in blocks(o, b * r * i * self.columns * 8, self.a):
+            s = Outer(self.a, self.g[..., start:stop]).scores()
+            rows = s.transpose(0, 1).reshape(b, -1)
+            result = accumulate(result, rows @ rows.T)
+        assert result is not None
+        return result
+
+    def _gram_by_positions(self) -> Tensor:
+        b, t, (r, o, i) = self.batch, self.positions, self.shape
+        a = self.a.transpose(0, 1).reshape(r, b * t, i)
+        g = self.g.permute(0, 2, 1, 3, 4).reshape(self.columns, r, b * t, o)
+        pairs = (a @ a.transpose(-1, -2)) * (g @ g.transpose(-1, -2)).sum(0)
+        return pairs.sum(0).reshape(b, t, b, t).sum((1, 3))
+
+    def scaled(self, weight: Tensor) -> Outer:
+        """Return the scores times `weight`, `[B]`."""
+        return Outer(self.a, self.g * weight.to(self.g.dtype).reshape(1, -1, 1, 1, 1))
+
+    def part(self, start: int, stop: int) -> Outer:
+        """Return the examples `start` to `stop`."""
+        return Outer(self.a[start:stop], self.g[:, start:stop])
+
+    def joined(self, other: Form) -> Form | None:
+        """Return the form of both sets of positions, for another use of the same weight."""
+        if not isinstance(other, Outer) or other.shape != self.shape:
+            return None
+        return Outer(torch.cat([self.a, other.a], dim=2), torch.cat([self.g, other.g], dim=3))
+
+    def followed_by(self, others: Sequence[Form]) -> Outer:
+        """Return all examples together."""
+        same = [o for o in others if isinstance(o, Outer)]
+        a = torch.cat([self.a, *(o.a for o in same)])
+        return Outer(a, torch.cat([self.g, *(o.g for o in same)], dim=1))
+
+    def multiplications(self) -> int:
+        """Through the score: `K B R T O I`; factored with one position: `B R O I`."""
+        r, o, i = self.shape
+        columns = 1 if self.positions == 1 else self.columns
+        return columns * self.batch * r * self.positions * o * i

@@ -1,0 +1,188 @@
+"""Modules as pure functions of their parameters."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from fisherfn.core.errors import OptionError, UnsupportedError
+
+#: A tree of tensors; for modules a flat dict from qualified name to tensor.
+Params: TypeAlias = Any
+Model: TypeAlias = Callable[[Params, Any, Any], Any]
+
+_NOISY = (nn.modules.dropout._DropoutNd,)
+_BATCH_COUPLED = (nn.modules.batchnorm._BatchNorm,)
+
+
+class FunctionalModel:
+    """A module as a pure function `(params, buffers, inputs) -> outputs`.
+
+    Made by `functional`. Inputs are a tensor, a tuple of positional arguments or a mapping of keyword
+    arguments. The module itself is only read: it supplies the code, never the values.
+    """
+
+    def __init__(self, module: nn.Module, output: str | int | Callable[[Any], Any] | None) -> None:
+        """Wrap `module`; `output` picks what the likelihood sees of its result."""
+        self.module = module
+        self.output = output
+        self._suspects = [
+            (name, m) for name, m in module.named_modules() if _has_training_behaviour(m)
+        ]
+        accepts = inspect.signature(module.forward).parameters
+        self._constants = {"use_cache": False} if "use_cache" in accepts else {}
+
+    def __call__(self, params: Params, buffers: Any, inputs: Any) -> Any:
+        """Run the module's forward with these parameters and buffers."""
+        self._check_training()
+        args, kwargs = _arguments(inputs)
+        kwargs = {**self._constants, **kwargs}
+        state = {**buffers, **params}
+        out = torch.func.functional_call(self.module, state, args, kwargs, tie_weights=True)
+        return _pick_output(out, self.output)
+
+    def __repr__(self) -> str:
+        """Name the module's class."""
+        return f"FunctionalModel({type(self.module).__name__})"
+
+    def _check_training(self) -> None:
+        for name, module in self._suspects:
+            if module.training:
+                raise UnsupportedError(
+                    f"functional: expected {type(module).__name__} in evaluation mode, got training "
+                    f"mode at '{name}'. Its output is random or depends on the other examples, so no "
+                    "per-example score exists; call module.eval() first."
+                )
+
+
+def functional(
+    module: nn.Module,
+    *,
+    select: str | Callable[[str, Tensor], bool] | None = None,
+    output: str | int | Callable[[Any], Any] | None = None,
+) -> tuple[FunctionalModel, dict[str, Tensor], dict[str, Tensor]]:
+    """Split a module into a pure function, its parameters and everything else it reads.
+
+    Tied parameters appear once, under their first name. Parameters that do not require gradients, or
+    that `select` leaves out, become constants: they are found among the buffers.
+
+    Args:
+        module: Any `nn.Module`, Hugging Face models included (their output object is reduced to the
+            tensor that the likelihood needs).
+        select: Which parameters to differentiate by: a regular expression searched in the qualified
+            name, or a predicate `(name, tensor) -> bool`. All, by default.
+        output: What of the module's result is the output: a key or index, or a function of the
+            result. By default a tensor is taken as it is, and an output object gives its `logits`.
+
+    Returns:
+        `(model, params, buffers)`: the function `model(params, buffers, inputs)`, and two flat dicts
+        from qualified name to (detached) tensor, sharing memory with the module.
+
+    Raises:
+        OptionError: `module` is no module, or `select` chooses nothing or is no regular expression.
+        UnsupportedError: a selected parameter is not a floating-point tensor.
+
+    Example:
+        >>> model, params, buffers = functional(torch.nn.Linear(3, 2))
+        >>> list(params), model(params, buffers, torch.zeros(4, 3)).shape
+        (['weight', 'bias'], torch.Size([4, 2]))
+    """
+    if not isinstance(module, nn.Module):
+        raise OptionError(
+            f"functional: expected an nn.Module, got {type(module).__name__}. A plain function "
+            "(params, buffers, inputs) -> outputs needs no conversion: pass it to the estimator."
+        )
+    chosen = _selector(select)
+    params: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {k: b.detach() for k, b in module.named_buffers()}
+    for name, p in module.named_parameters():
+        wanted = chosen(name, p)
+        explicit = select is not None and wanted
+        if wanted and (p.requires_grad or (explicit and not p.is_floating_point())):
+            if not p.is_floating_point():
+                raise UnsupportedError(
+                    f"functional: expected floating-point parameters, got {p.dtype} at '{name}'. "
+                    "Leave it out with select=."
+                )
+            params[name] = p.detach()
+        else:
+            buffers[name] = p.detach()
+    if not params:
+        names = [name for name, _ in module.named_parameters()]
+        raise OptionError(
+            f"functional: expected select= to leave at least one trainable parameter, got none of "
+            f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). "
+            "Change select=, or set requires_grad on the parameters you want."
+        )
+    return FunctionalModel(module, output), params, buffers
+
+
+def _selector(
+    select: str | Callable[[str, Tensor], bool] | None,
+) -> Callable[[str, Tensor], bool]:
+    if select is None:
+        return lambda name, p: True
+    if isinstance(select, str):
+        try:
+            pattern = re.compile(select)
+        except re.error as error:
+            raise OptionError(
+                f"functional: expected select= to be a regular expression, got {select!r} ({error}). "
+                "Escape special characters with re.escape."
+            ) from None
+        return lambda name, p: pattern.search(name) is not None
+    if callable(select):
+        return lambda name, p: bool(select(name, p))
+    raise OptionError(
+        f"functional: expected select= to be a regular expression or a predicate, got "
+        f"{type(select).__name__}. Use for example select=r'attn' or select=lambda name, p: p.dim() > 1."
+    )
+
+
+def _has_training_behaviour(module: nn.Module) -> bool:
+    if isinstance(module, _NOISY):
+        return float(getattr(module, "p", 0.0)) > 0
+    if isinstance(module, _BATCH_COUPLED):
+        return True
+    rate = getattr(module, "dropout", 0.0)
+    return isinstance(module, (nn.RNNBase, nn.MultiheadAttention)) and float(rate) > 0
+
+
+def _arguments(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def _pick_output(out: Any, output: str | int | Callable[[Any], Any] | None) -> Any:
+    if output is None:
+        if isinstance(out, Tensor) or not (isinstance(out, Mapping) or hasattr(out, "logits")):
+            return out
+        if "logits" in _names(out):
+            return out["logits"] if isinstance(out, Mapping) else out.logits
+        raise OptionError(
+            f"functional: expected a tensor or an output object with logits, got "
+            f"{type(out).__name__} with {', '.join(_names(out)) or 'no fields'}. "
+            "Say what the likelihood sees with output=, a key or a function of the result."
+        )
+    if callable(output):
+        return output(out)
+    try:
+        return out[output]
+    except (KeyError, IndexError, TypeError) as error:
+        raise OptionError(
+            f"functional: expected the model's result to have {output!r}, got "
+            f"{type(out).__name__} with {', '.join(_names(out)) or 'no fields'}. Change output=."
+        ) from error
+
+
+def _names(out: Any) -> list[str]:
+    keys: Iterable[Any] = out.keys() if isinstance(out, Mapping) else vars(out)
+    return [str(k) for k in keys]

@@ -1,0 +1,97 @@
+"""Every estimator as the laws see it: the table that a new estimator joins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from fisherfn.core import random
+from fisherfn.estimators import (
+    block_diagonal,
+    dense,
+    diagonal,
+    gradient_moments,
+    per_sample_gradients,
+    score_gram,
+    score_norms,
+    statistics,
+)
+from fisherfn.testing.problem import Problem
+
+FISHERS = ("exact", "mc", "curvature_prop", "empirical")
+UNITS = ("example", "position")
+
+
+@dataclass(frozen=True)
+class Member:
+    """An estimator as the laws see it.
+
+    Attributes:
+        name: Shown in test ids.
+        transformation: `(model, likelihood, **options) -> estimator`.
+        options: Options that belong to this entry, such as `fisher=`.
+        keyed: Whether a call needs a key.
+        unit: The unit of the result: what the batch's weights have to be shaped for.
+        result: "joined" results merge, "rows" have one entry an example, "pairs" one a pair.
+    """
+
+    name: str
+    transformation: Callable[..., Any]
+    options: Mapping[str, Any] = field(default_factory=dict)
+    keyed: bool = False
+    unit: str = "example"
+    result: Literal["joined", "rows", "pairs"] = "joined"
+
+    def __str__(self) -> str:
+        """Give the name, as a test id."""
+        return self.name
+
+    def build(self, problem: Problem, **options: Any) -> Any:
+        """Return the estimator for a problem's model and likelihood."""
+        return self.transformation(problem.model, problem.likelihood, **self.options, **options)
+
+    def run(self, problem: Problem, key: Tensor | None = None, **options: Any) -> Any:
+        """Build and call it; without a key of its own, a keyed one gets `random.key(0)`."""
+        return self.call(self.build(problem, **options), problem, key)
+
+    def call(self, estimator: Any, problem: Problem, key: Tensor | None = None) -> Any:
+        """Call an estimator that `build` returned."""
+        if not self.keyed:
+            return estimator(*problem.args)
+        return estimator(*problem.args, key=random.key(0) if key is None else key)
+
+
+def _several(model: Any, likelihood: Any, **options: Any) -> Any:
+    """Everything at once, one kind of labels each."""
+    return statistics(
+        diagonal=diagonal(model, likelihood, fisher="mc", **options),
+        moments=gradient_moments(model, likelihood, **options),
+        blocks=block_diagonal(model, likelihood, fisher="exact", **options),
+    )
+
+
+def _members() -> dict[str, Member]:
+    found = [
+        Member("per_sample_gradients", per_sample_gradients, result="rows"),
+        Member("score_norms", score_norms, result="rows"),
+        Member("score_gram", score_gram, result="pairs"),
+        Member("gradient_moments", gradient_moments),
+        Member("statistics", _several, keyed=True),
+    ]
+    for transformation in (diagonal, dense, block_diagonal):
+        for fisher in FISHERS:
+            for unit in UNITS:
+                name = f"{transformation.__name__}-{fisher}-{unit}"
+                options = {"fisher": fisher, "unit": unit}
+                keyed = fisher in ("mc", "curvature_prop")
+                found.append(Member(name, transformation, options, keyed, unit))
+    many = {"fisher": "mc", "num_samples": 3}
+    found.append(Member("diagonal-mc-three_samples", diagonal, many, keyed=True))
+    return {member.name: member for member in found}
+
+
+#: Every estimator, under every kind of labels and every unit.
+ESTIMATORS: dict[str, Member] = _members()

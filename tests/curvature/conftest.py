@@ -1,0 +1,161 @@
+"""Every representation beside the dense float64 matrix that it stands for.
+
+A test takes `cases`, a Hypothesis strategy, and `data`; a new representation joins `KINDS` and is
+tested everywhere.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from fisherfn.core import random, trees
+from fisherfn.curvature import (
+    BlockDiagonal,
+    Curvature,
+    Dense,
+    Diagonal,
+    Layout,
+    layer_groups,
+    leaf_groups,
+)
+
+KINDS = ("diagonal", "dense", "leaves", "layers", "crossed")
+
+
+class Pair(NamedTuple):
+    first: Any
+    second: Any
+
+
+@dataclass(frozen=True)
+class Case:
+    """A representation, the matrix it represents, and the parameters it is about."""
+
+    kind: str
+    F: Curvature
+    matrix: Tensor
+    params: Any
+
+    def vector(self, tree: Any) -> Tensor:
+        """A tree like the parameters as one vector, in their own order."""
+        leaves = trees.leaves(trees.map(lambda _, x: x, self.params, tree))
+        return torch.cat([x.reshape(-1) for x in leaves]).double() if leaves else torch.zeros(0)
+
+    def draw(self, seed: int, dtype: torch.dtype = torch.float64) -> Any:
+        """A tree of normal numbers like the parameters."""
+        like = trees.map(lambda x: x.to(dtype), self.params)
+        return trees.random_like(random.key(seed), like)
+
+
+def partition(kind: str, layout: Layout) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    """Groups of leaves: one a leaf, one a layer, or blocks that cross the order of the leaves."""
+    if kind == "leaves":
+        return leaf_groups(layout)
+    if kind == "layers":
+        return layer_groups(layout)
+    odd, even = layout.paths[1::2], layout.paths[::2]
+    return tuple([(f"block{i}", tuple(reversed(g))) for i, g in enumerate((odd, even)) if g])
+
+
+def spd(n: int, seed: int, rank: int, floor: float, dtype: torch.dtype) -> Tensor:
+    """An average of `rank` outer products plus `floor` times the identity."""
+    scores = random.normal(random.key(seed), (rank, n), torch.float64).to(dtype)
+    return scores.mT @ scores / rank + floor * torch.eye(n, dtype=dtype)
+
+
+def build(
+    kind: str,
+    params: Any,
+    seed: int = 0,
+    *,
+    rank: int = 30,
+    floor: float = 0.05,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> Case:
+    """A representation of some matrix about these parameters, and that matrix in float64.
+
+    `rank` scores make each block; with fewer than its size and `floor=0.0` it is singular.
+    """
+    layout = Layout.of(params)
+    count = torch.tensor(float(rank))
+    sizes, n = layout.sizes, layout.size
+    whole = spd(n, seed, rank, floor, dtype)
+    if kind == "dense":
+        return Case(kind, Dense(whole, count, layout, **options), whole.double(), params)
+    if kind == "diagonal":
+        values = layout.unravel(whole.diagonal())
+        F: Curvature = Diagonal(values, count, **options)
+        return Case(kind, F, whole.diagonal().double().diag(), params)
+    groups = partition(kind, layout)
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    blocks: dict[str, Tensor] = {}
+    matrix = torch.zeros(n, n, dtype=torch.float64)
+    for i, (name, paths) in enumerate(groups):
+        places = [layout.paths.index(path) for path in paths]
+        rows = [starts[p] + j for p in places for j in range(sizes[p])]
+        block = spd(len(rows), seed + 1 + i, rank, floor, dtype)
+        blocks[name] = block
+        for a, row in enumerate(rows):
+            for b, column in enumerate(rows):
+                matrix[row, column] = block[a, b].double()
+    return Case(kind, BlockDiagonal(blocks, count, layout, groups, **options), matrix, params)
+
+
+SHAPES = st.sampled_from([(), (1,), (3,), (2, 2), (1, 2), (0,)])
+LEAVES = SHAPES.map(lambda shape: torch.zeros(shape, dtype=torch.float64))
+FLAT = st.lists(LEAVES, min_size=1, max_size=4).map(
+    lambda xs: {f"{i // 2}.{'weight' if i % 2 else 'bias'}": x for i, x in enumerate(xs)}
+)
+NESTED = st.tuples(LEAVES, LEAVES, LEAVES).map(
+    lambda xs: {"z": {"b": xs[0], "a": None}, "list": [xs[1], (xs[2],)]}
+)
+OTHERS = st.one_of(
+    LEAVES,
+    st.tuples(LEAVES, LEAVES).map(lambda xs: Pair(*xs)),
+    st.tuples(LEAVES, LEAVES).map(lambda xs: OrderedDict(y=xs[0], x=xs[1])),
+)
+PARAMS = st.one_of(FLAT, NESTED, OTHERS)
+
+
+@pytest.fixture(scope="session")
+def make() -> Callable[..., Case]:
+    """The function `build`: `make(kind, params, seed, rank=, floor=, dtype=)`."""
+    return build
+
+
+@pytest.fixture(scope="session")
+def cases() -> st.SearchStrategy[Case]:
+    """Regular matrices of every kind, about parameters of every structure."""
+    return st.builds(build, st.sampled_from(KINDS), PARAMS, st.integers(0, 1000))
+
+
+@pytest.fixture(scope="session")
+def params_trees() -> st.SearchStrategy[Any]:
+    """Small trees of parameters."""
+    return PARAMS
+
+
+@pytest.fixture(params=KINDS)
+def case(request: pytest.FixtureRequest) -> Case:
+    """One regular matrix of each kind, about the same two layers."""
+    return build(request.param, two_layers(), seed=3)
+
+
+def two_layers() -> dict[str, Tensor]:
+    shapes = {"0.weight": (2, 2), "0.bias": (2,), "1.weight": (1, 2)}
+    return {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
+
+
+@pytest.fixture(scope="session")
+def layers() -> dict[str, Tensor]:
+    """Parameters of two layers, eight scalars."""
+    return two_layers()

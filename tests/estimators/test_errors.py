@@ -1,0 +1,160 @@
+"""Bad input: a clear error of one family that says what, got, where and what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import cases
+import fisherfn as ff
+from cases import normal
+from fisherfn import testing
+
+B, T, C = 3, 2, 3
+MEMBERS = [m for m in testing.ESTIMATORS.values() if m.unit == "example"]
+OBSERVING = [
+    m
+    for m in MEMBERS
+    if "empirical" in m.name or m.result != "joined" or m.name in ("gradient_moments", "statistics")
+]
+
+
+def problem() -> testing.Problem:
+    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C)).double()
+    with torch.no_grad():
+        for number, param in enumerate(module.parameters()):
+            param.copy_(normal(*param.shape, seed=number))
+    model, params, buffers = ff.functional(module)
+    batch = ff.Batch(normal(B, T, 4), targets=cases.tokens(B, T, high=C))
+    return testing.Problem(
+        "mlp", model, ff.likelihoods.categorical(), params, buffers, batch, (T,), True
+    )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_random_initialisation() -> Any:
+    with torch.random.fork_rng(devices=[]):
+        yield
+
+
+def changed(**fields: Any) -> testing.Problem:
+    base = problem()
+    return dataclasses.replace(base, batch=dataclasses.replace(base.batch, **fields))
+
+
+def diagonal(p: testing.Problem, fisher: str = "empirical", **options: Any) -> Any:
+    return ff.diagonal(p.model, p.likelihood, fisher=fisher, **options)(*p.args)
+
+
+# ---- data: the same for every estimator ----------------------------------------------------------
+
+BAD_BATCHES: dict[str, tuple[dict[str, Any], str]] = {
+    "float_mask": ({"mask": torch.ones(B, T)}, r"mask.*bool"),
+    "integer_mask": ({"mask": torch.ones(B, T, dtype=torch.int64)}, r"mask.*bool"),
+    "mask_shape": ({"mask": torch.ones(B, T + 1, dtype=torch.bool)}, r"mask.*\(3, 3\)"),
+    "mask_of_examples_without_axes": ({"mask": torch.ones(B, dtype=torch.bool)}, r"mask.*\(3,\)"),
+    "everything_masked": ({"mask": torch.zeros(B, T, dtype=torch.bool)}, r"mask"),
+    "negative_weights": ({"weights": torch.tensor([1.0, -1.0, 1.0])}, r"weights.*-1"),
+    "nan_weights": ({"weights": torch.tensor([1.0, float("nan"), 1.0])}, r"weights.*nan"),
+    "infinite_weights": ({"weights": torch.tensor([1.0, float("inf"), 1.0])}, r"weights.*inf"),
+    "zero_weights": ({"weights": torch.zeros(B)}, r"weights"),
+    "weights_shape": ({"weights": torch.ones(B + 1)}, r"weights.*\(4,\)"),
+    "weights_of_positions": ({"weights": torch.ones(B, T)}, r"weights.*position"),
+    "ids_float": ({"ids": torch.arange(B).float()}, r"ids.*int64"),
+    "ids_shape": ({"ids": torch.arange(B + 1)}, r"ids.*\(4,\)"),
+    "positions_float": ({"positions": torch.ones(B, T)}, r"positions.*bool"),
+    "empty": (
+        {"inputs": torch.zeros(0, T, 4), "targets": torch.zeros(0, T, dtype=torch.int64)},
+        r"(?i)example",
+    ),
+    "ragged": (
+        {"inputs": (normal(B, T, 4), normal(B + 1, T, 4)), "targets": None},
+        r"(?i)(leading|examples).*4|4.*(leading|examples)",
+    ),
+    "list_of_numbers": ({"inputs": [[0.0] * 4] * B}, r"inputs"),
+    "no_inputs": ({"inputs": None}, r"inputs"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_BATCHES)
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+def test_bad_batch(member: testing.Member, bad: str) -> None:
+    fields, message = BAD_BATCHES[bad]
+    with pytest.raises(ff.FisherError, match=message) as caught:
+        member.run(changed(**fields))
+    assert_helpful(caught.value, member)
+
+
+BAD_TARGETS: dict[str, tuple[Any, str]] = {
+    "out_of_range": (torch.full((B, T), C), r"targets.*\b3\b|\b3\b.*targets"),
+    "negative": (torch.full((B, T), -100), r"-100"),
+    "float": (torch.zeros(B, T), r"targets.*float|float.*targets"),
+    "shape": (torch.zeros(B, T + 1, dtype=torch.int64), r"targets.*\(3, 3\)"),
+    "one_hot": (torch.zeros(B, T, C, dtype=torch.int64), r"targets.*\(3, 2, 3\)"),
+    "missing": (None, r"targets"),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_TARGETS)
+@pytest.mark.parametrize("member", OBSERVING, ids=str)
+def test_bad_targets(member: testing.Member, bad: str) -> None:
+    targets, message = BAD_TARGETS[bad]
+    with pytest.raises(ff.FisherError, match=message) as caught:
+        member.run(changed(targets=targets))
+    assert_helpful(caught.value, member)
+
+
+def test_ignored_targets_are_refused_with_the_way_to_mask_them() -> None:
+    targets = problem().batch.targets.clone()
+    targets[0, 1] = -100
+    with pytest.raises(ff.DataError, match=r"-100.*\[0, 1\].*ignore"):
+        diagonal(changed(targets=targets))
+    mask = ff.Batch.ignore(targets, -100)
+    diagonal(changed(targets=targets, mask=mask))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc", "curvature_prop"])
+def test_targets_need_not_exist_where_they_are_not_observed(fisher: str) -> None:
+    p = changed(targets=None)
+    key = None if fisher == "exact" else ff.random.key(0)
+    got = ff.diagonal(p.model, p.likelihood, fisher=fisher)(*p.args, key=key)
+    assert got.trace() > 0
+
+
+@pytest.mark.parametrize("where", ["params", "inputs"])
+def test_nan_never_gives_a_plausible_number(where: str) -> None:
+    p = problem()
+    if where == "inputs":
+        inputs = p.batch.inputs.clone()
+        inputs[1, 0, 0] = float("nan")
+        p = changed(inputs=inputs)
+    else:
+        params = dict(p.params)
+        name = next(iter(params))
+        params[name] = params[name].clone()
+        params[name][0, 0] = float("nan")
+        p = dataclasses.replace(p, params=params)
+    for fisher in ("exact", "empirical", "mc", "curvature_prop"):
+        key = ff.random.key(0) if fisher in ("mc", "curvature_prop") else None
+        estimator = ff.diagonal(p.model, p.likelihood, fisher=fisher)
+        try:
+            got = estimator(*p.args, key=key)
+        except ff.FisherError:
+            continue
+        assert got.trace().isnan()
+
+
+def assert_helpful(error: Exception, member: testing.Member) -> None:
+    """What was called, what was expected, what came, and a second sentence with what to do."""
+    text = str(error)
+    function = getattr(member.transformation, "__name__", "")
+    names = [function, "diagonal", "gradient_moments", "block_diagonal", "statistics", "Batch"]
+    assert any(text.startswith(name) for name in names if not name.startswith("_")), text
+    assert "expected" in text, text
+    assert "got" in text, text
+    assert text.rstrip().endswith("."), text
+    assert text.count(". ") >= 1, text
