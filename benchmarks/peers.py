@@ -20,6 +20,9 @@ from torch.nn import functional as F
 from benchmarks.oracle import Values
 from benchmarks.workloads import Workload
 
+NOT_THERE = "no such quantity"
+NO_DIAGONAL = "no deterministic diagonal; Hutchinson and XDiag estimate it, with error"
+
 
 class NotOffered(Exception):
     """The library has no such quantity."""
@@ -211,7 +214,7 @@ def nngeometry(workload: Workload, quantity: str) -> Prepared:
 def curvlinops(workload: Workload, quantity: str) -> Prepared:
     """Prepare curvlinops, which estimates diagonals from random products only."""
     importlib.import_module("curvlinops")
-    raise NotOffered(f"no deterministic {quantity}; Hutchinson and XDiag estimate it with error")
+    raise NotOffered(NO_DIAGONAL if quantity.startswith("diagonal/") else NOT_THERE)
 
 
 @dataclass(frozen=True)
@@ -241,7 +244,7 @@ PEERS = {
 
 def _offered(known: dict[str, Any], quantity: str) -> Any:
     if quantity not in known:
-        raise NotOffered(f"no {quantity}")
+        raise NotOffered(NOT_THERE)
     return known[quantity]
 
 

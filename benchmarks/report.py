@@ -116,12 +116,19 @@ def table(problem: str, sizes: dict[str, int], device: torch.device, rows: Seque
     if unit.memory is not None:
         title += f", {unit.memory / 2**20:.1f} MiB"
     head = ("quantity", "by", "time", "memory", "error", "agrees", "first call")
-    lines = [head, *(_cells(row) for row in rows)]
+    lines = [head, *(_cells(row) for row in rows if row.status != "not offered")]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     body = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
     body.insert(1, "  ".join("-" * w for w in widths))
-    notes = [f"{r.quantity} by {r.source}: {r.message}" for r in rows if r.message]
-    return "\n".join([title, *(line.rstrip() for line in body), *notes])
+    return "\n".join([title, *(line.rstrip() for line in body), *_notes(rows)])
+
+
+def _notes(rows: Sequence[Row]) -> list[str]:
+    missing: dict[tuple[str, str], list[str]] = {}
+    for row in rows:
+        if row.message:
+            missing.setdefault((row.source, row.message), []).append(row.quantity)
+    return [f"{source}, {', '.join(names)}: {why}" for (source, why), names in missing.items()]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -18,7 +18,7 @@ from fisherfn.capture.public import Capture as Capture
 from fisherfn.capture.public import Site as Site
 from fisherfn.capture.public import capture as capture
 from fisherfn.core import random as random
-from fisherfn.core import trees as tree
+from fisherfn.core import trees
 from fisherfn.core.errors import DataError as DataError
 from fisherfn.core.errors import FisherError as FisherError
 from fisherfn.core.errors import NotPositiveDefiniteError as NotPositiveDefiniteError
@@ -43,3 +43,5 @@ from fisherfn.estimators.per_sample import score_norms as score_norms
 from fisherfn.estimators.together import statistics as statistics
 from fisherfn.layers.registry import register_rule as register_rule
 from fisherfn.models import functional as functional
+
+tree = trees

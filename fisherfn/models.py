@@ -23,8 +23,8 @@ _BATCH_COUPLED = (nn.modules.batchnorm._BatchNorm,)
 class FunctionalModel:
     """A module as a pure function `(params, buffers, inputs) -> outputs`.
 
-    Made by `functional`. Inputs are a tensor, a tuple of positional arguments or a mapping of keyword
-    arguments. The module itself is only read: it supplies the code, never the values.
+    Made by `functional`. Inputs are a tensor, a tuple of positional arguments or a mapping of
+    keyword arguments. The module itself is only read: it supplies the code, never the values.
     """
 
     def __init__(self, module: nn.Module, output: str | int | Callable[[Any], Any] | None) -> None:
@@ -54,8 +54,10 @@ class FunctionalModel:
         for name, module in self._suspects:
             if module.training:
                 raise UnsupportedError(
-                    f"functional: expected {type(module).__name__} in evaluation mode, got training "
-                    f"mode at '{name}'. Its output is random or depends on the other examples, so no "
+                    f"functional: expected {type(module).__name__} in evaluation mode, got "
+                    "training "
+                    f"mode at '{name}'. Its output is random or depends on the other examples, "
+                    "so no "
                     "per-example score exists; call module.eval() first."
                 )
 
@@ -68,8 +70,8 @@ def functional(
 ) -> tuple[FunctionalModel, dict[str, Tensor], dict[str, Tensor]]:
     """Split a module into a pure function, its parameters and everything else it reads.
 
-    Tied parameters appear once, under their first name. Parameters that do not require gradients, or
-    that `select` leaves out, become constants: they are found among the buffers.
+    Tied parameters appear once, under their first name. Parameters that do not require gradients,
+    or that `select` leaves out, become constants: they are found among the buffers.
 
     Args:
         module: Any `nn.Module`, Hugging Face models included (their output object is reduced to the
@@ -80,7 +82,8 @@ def functional(
             result. By default a tensor is taken as it is, and an output object gives its `logits`.
 
     Returns:
-        `(model, params, buffers)`: the function `model(params, buffers, inputs)`, and two flat dicts
+        `(model, params, buffers)`: the function `model(params, buffers, inputs)`, and two flat
+        dicts
         from qualified name to (detached) tensor, sharing memory with the module.
 
     Raises:
@@ -132,7 +135,8 @@ def _selector(
             pattern = re.compile(select)
         except re.error as error:
             raise OptionError(
-                f"functional: expected select= to be a regular expression, got {select!r} ({error}). "
+                f"functional: expected select= to be a regular expression, got {select!r} "
+                f"({error}). "
                 "Escape special characters with re.escape."
             ) from None
         return lambda name, p: pattern.search(name) is not None
@@ -140,7 +144,8 @@ def _selector(
         return lambda name, p: bool(select(name, p))
     raise OptionError(
         f"functional: expected select= to be a regular expression or a predicate, got "
-        f"{type(select).__name__}. Use for example select=r'attn' or select=lambda name, p: p.dim() > 1."
+        f"{type(select).__name__}. Use for example select=r'attn' or select=lambda name, p: "
+        "p.dim() > 1."
     )
 
 

@@ -123,7 +123,7 @@ def test_interleaving_calls_all_runs_equally_often() -> None:
 
     def count(name: str) -> None:
         calls[name] += 1
-        torch.ones(300, 300) @ torch.ones(300, 300)
+        torch.ones(300, 300).mm(torch.ones(300, 300))
 
     runs = {name: (lambda name=name: count(name)) for name in calls}
     timings = timing.interleaved(runs, torch.device("cpu"), repeats=3)

@@ -129,8 +129,10 @@ DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
     "uniform64": lambda key: random.uniform(key, (3, 5), torch.float64, open=True),
     "normal": lambda key: random.normal(key, (3, 5)),
     "rademacher": lambda key: random.rademacher(key, (3, 50)),
-    "few classes": lambda key: random.categorical(key, torch.linspace(0, 1, 10)),
-    "many classes": lambda key: random.categorical(key, logits=torch.linspace(-5, 5, 1000)),
+    "few classes": lambda key: random.categorical(key, torch.arange(9.0, device=key.device)),
+    "many classes": lambda key: random.categorical(
+        key, logits=torch.linspace(-5, 5, 1000, device=key.device)
+    ),
 }
 
 
@@ -181,11 +183,12 @@ def every_draw(keys: Tensor) -> dict[str, Tensor]:
     found = {name: draw(keys) for name, draw in DRAWS.items()}
     # Keys and words that are known while compiling: signed overflow in inductor's C++ made
     # `key(-5)` and all that follows from it wrong.
-    found["constant key"] = random.key(-5)
-    found["constant words"] = random.bits(random.key(2**64 - 1), (100,))
+    found["constant key"] = random.key(-5, keys.device)
+    found["constant words"] = random.bits(random.key(2**64 - 1, keys.device), (100,))
     found["seed tensor"] = random.key(keys[0, 0])
     found["split"] = random.split(keys, 3)
-    found["ids"] = random.fold_in(keys.unsqueeze(1), torch.arange(-3, 3))
+    ids = torch.arange(-3, 3, device=keys.device)
+    found["ids"] = random.fold_in(keys.unsqueeze(1), ids)
     found["under vmap"] = torch.vmap(lambda key: random.uniform(random.fold_in(key, 1), 9))(keys)
     return found
 
@@ -226,12 +229,8 @@ def test_compiled_functions_of_changing_sizes() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_draws_on_a_gpu_are_bit_equal(compiled: bool) -> None:
-    def on_default_device(keys: Tensor) -> dict[str, Tensor]:
-        with torch.device(keys.device):
-            return every_draw(keys)
-
     keys = random.split(random.key(0), 7)
-    call = torch.compile(on_default_device, fullgraph=True) if compiled else on_default_device
+    call = torch.compile(every_draw, fullgraph=True) if compiled else every_draw
     got, want = call(keys.cuda()), every_draw(keys)
     for name in want:
         if name == "normal":
@@ -246,7 +245,7 @@ def test_no_global_state_is_read_or_moved() -> None:
         before = torch.get_rng_state()
         first = every_draw(keys)
         assert torch.equal(torch.get_rng_state(), before)
-        torch.manual_seed(123)
+        torch.default_generator.manual_seed(123)
         second = every_draw(keys)
     assert all(torch.equal(first[name], second[name]) for name in first)
 

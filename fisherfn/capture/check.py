@@ -1,8 +1,11 @@
 """The plan check: captured scores against autograd, once per plan, on a few examples.
 
-With coefficients r and a cotangent c, both arbitrary, `Σ_b r_b score_b` from the capture must equal the
-ordinary gradient of `Σ_b r_b <c_b, outputs_b>`. Rows in another order, lost taps, swapped sites, inputs
-changed in place, uses that nobody saw: each shows up as a difference at the parameter concerned, which
+With coefficients r and a cotangent c, both arbitrary, `Σ_b r_b score_b` from the capture must
+equal the
+ordinary gradient of `Σ_b r_b <c_b, outputs_b>`. Rows in another order, lost taps, swapped sites,
+inputs
+changed in place, uses that nobody saw: each shows up as a difference at the parameter concerned,
+which
 then takes the general path.
 """
 
@@ -35,7 +38,12 @@ def tolerance(t: Tensor) -> float:
 def check_examples_apart(outputs: tuple[Any, Any], counts: tuple[int, int]) -> None:
     """Refuse models whose examples influence each other, or whose outputs are random.
 
-    `outputs` are those of `counts` examples, of which the smaller number are the same.
+    Args:
+        outputs: Outputs of two runs, whose first examples are the same.
+        counts: Number of examples of each.
+
+    Raises:
+        UnsupportedError: the common examples differ, or outputs do not begin with the examples.
     """
     few = min(counts)
     paths = trees.paths(outputs[0])
@@ -46,7 +54,8 @@ def check_examples_apart(outputs: tuple[Any, Any], counts: tuple[int, int]) -> N
             raise UnsupportedError(
                 f"capture: expected outputs with the examples as leading axis, got {got[0]} and "
                 f"{got[1]} for {counts[0]} and {counts[1]} examples"
-                f"{f' at {path}' if path else ''}. Return [B, ...] from the model, without reduction."
+                f"{f' at {path}' if path else ''}. Return [B, ...] from the model, without "
+                "reduction."
             )
         x, y = a[:few].double(), b[:few].double()
         scale = x.abs().amax().clamp_min(1e-30) if x.numel() else x.new_tensor(1.0)
@@ -103,7 +112,13 @@ def _weighted(cotangent: Any, r: Tensor) -> Any:
 
 
 def _reference(
-    model: Any, leaves: list[Tensor], structure: Any, buffers: Any, few: Any, cotangent: Any, r: Tensor
+    model: Any,
+    leaves: list[Tensor],
+    structure: Any,
+    buffers: Any,
+    few: Any,
+    cotangent: Any,
+    r: Tensor,
 ) -> list[Tensor | None]:
     with torch.enable_grad():
         fresh = [t.detach().requires_grad_() for t in leaves]
@@ -203,8 +218,10 @@ def _probe_general(
             batched = general.scores(model, params, buffers, few, single, leaf, looped=False)
             looped = general.scores(model, params, buffers, few, single, leaf, looped=True)
         difference = (batched[0].double() - looped[0].double()).norm()
-        fits = bool(difference <= tolerance(batched[0]) * looped[0].double().norm().clamp_min(1e-30))
-    except Exception as error:  # noqa: BLE001 - any refusal of vmap, from any operation
+        fits = bool(
+            difference <= tolerance(batched[0]) * looped[0].double().norm().clamp_min(1e-30)
+        )
+    except Exception as error:
         _LOG.info("the general path goes example by example: %s", error)
         fits = False
     return replace(plan, looped=not fits)

@@ -19,7 +19,7 @@ from fisherfn.capture.plan import Plan, Tap
 from fisherfn.capture.tape import Tape, spread
 from fisherfn.core import trees
 from fisherfn.core.errors import UnsupportedError
-from fisherfn.core.modes import transformed
+from fisherfn.core.modes import in_functorch, transformed
 
 #: Takes the index of a tap and the cotangents of its output, `[K, *output]`.
 Receiver: TypeAlias = Callable[[int, Tensor], None]
@@ -53,6 +53,9 @@ def start(model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan, *, pla
         inputs: Inputs of B examples.
         plan: What to tap.
         plain: The pull-back will be batched, so fused attention must be rewritten.
+
+    Returns:
+        The run, with outputs and pull-back.
     """
     batch = size_of(inputs)
     if needs_composition(params, buffers, inputs):
@@ -64,7 +67,7 @@ def start(model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan, *, pla
 
 def needs_composition(*values: Any) -> bool:
     """Return True where the result must itself be differentiable or batched."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if in_functorch():
         return True
     if not torch.is_grad_enabled():
         return False
@@ -120,7 +123,8 @@ class FunctionalRun(Run):
             self.outputs, self.kept = forward(zeros)
             self._vjp: Callable[[Any], Any] | None = None
             return
-        self.outputs, self._vjp, self.kept = torch.func.vjp(forward, zeros, has_aux=True)
+        found: Any = torch.func.vjp(forward, zeros, has_aux=True)
+        self.outputs, self._vjp, self.kept = found
 
     def output_bytes(self, index: int) -> int:
         """Return the size of the output of a tap."""
@@ -227,7 +231,7 @@ class EagerRun(Run):
     def _batched(
         self, outputs: list[Tensor], cotangents: list[Tensor], last: bool
     ) -> list[Tensor | None] | None:
-        """Return the cotangents `[K, *output]` of all taps, or None where batching is not possible."""
+        """Return the cotangents `[K, *output]` of all taps, or None if batching is impossible."""
         with warnings.catch_warnings():
             # an operation without a batching rule warns and falls back to a slow loop
             warnings.simplefilter("error")
@@ -258,7 +262,8 @@ def refuse_checkpointing(error: RuntimeError) -> None:
     if "checkpoint" in text or "saved tensor hooks" in text:
         raise UnsupportedError(
             "capture: expected a model without activation checkpointing, got one whose layers run "
-            "again in the backward pass. Switch it off (gradient_checkpointing_disable() on Hugging "
+            "again in the backward pass. Switch it off (gradient_checkpointing_disable() on "
+            "Hugging "
             "Face models); chunk_size= bounds the memory instead."
         ) from error
 

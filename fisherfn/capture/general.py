@@ -1,6 +1,7 @@
 """The general path: per-example scores of some parameters by differentiating example by example.
 
-Exact for any model and any use of a parameter, at the price of a forward and a backward for each example,
+Exact for any model and any use of a parameter, at the price of a forward and a backward for each
+example,
 batched by `vmap` where the model's operations allow it.
 """
 
@@ -49,7 +50,7 @@ def scores(
         return model(trees.unflatten(structure, every), buffers, single)
 
     def example(one: Any, cotangent: Any) -> list[Tensor]:
-        _, pull = torch.func.vjp(lambda some: forward(some, one), chosen)
+        pull = torch.func.vjp(lambda some: forward(some, one), chosen)[1]
         return torch.func.vmap(lambda c: pull(c)[0])(cotangent)
 
     # columns first within an example: [B, K, 1, ...]
@@ -74,7 +75,7 @@ def scores(
 def _composed_pull(
     forward: Callable[[list[Tensor]], Any], chosen: list[Tensor], cotangents: Sequence[Any]
 ) -> list[Sequence[Tensor]]:
-    _, pull = torch.func.vjp(forward, chosen)
+    pull = torch.func.vjp(forward, chosen)[1]
     return [pull(c)[0] for c in cotangents]
 
 
@@ -85,9 +86,7 @@ def _eager_pull(
     with torch.enable_grad():
         leaves = [t.detach().requires_grad_() for t in chosen]
         outputs = forward(leaves)
-    pairs = [
-        (i, out) for i, out in enumerate(trees.leaves(outputs)) if out.requires_grad
-    ]
+    pairs = [(i, out) for i, out in enumerate(trees.leaves(outputs)) if out.requires_grad]
     rows: list[Sequence[Tensor]] = []
     for c in cotangents:
         own = trees.leaves(c)

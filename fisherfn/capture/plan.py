@@ -1,7 +1,9 @@
-"""The plan of a model: which calls to tap, where examples lie, which parameters need the general path.
+"""The plan of a model: what to tap, where the examples lie, what needs the general path.
 
-Two passes over the model, with two different numbers of examples, show which axis of each site is the
-batch axis: the one whose size changes. A plan holds no tensors and knows no sizes that depend on the
+Two passes over the model, with two different numbers of examples, show which axis of each site is
+the
+batch axis: the one whose size changes. A plan holds no tensors and knows no sizes that depend on
+the
 batch; it serves every batch of the same structure.
 """
 
@@ -17,6 +19,7 @@ from torch import Tensor
 from fisherfn.capture.sites import Recording, SiteCall, record
 from fisherfn.core import trees
 from fisherfn.core.errors import UnsupportedError
+from fisherfn.core.modes import version
 from fisherfn.layers.registry import Builder
 from fisherfn.layers.views import View
 
@@ -121,15 +124,11 @@ def _check_buffers(copies: Any, buffers: Any) -> None:
     paths = trees.paths(buffers)
     for path, copy in zip(paths, trees.leaves(copies), strict=True):
         # a clone starts at version 0
-        if isinstance(copy, Tensor) and _written(copy):
+        if isinstance(copy, Tensor) and version(copy) > 0:
             raise UnsupportedError(
                 f"capture: expected a model that only reads its buffers, got one that writes to "
                 f"'{path}'. Call module.eval(), or make the function return new values instead."
             )
-
-
-def _written(t: Tensor) -> bool:
-    return not torch._C._functorch.is_functorch_wrapped_tensor(t) and t._version > 0
 
 
 def _combine(
@@ -157,9 +156,7 @@ def _combine(
     return plan.without(reasons)
 
 
-def _tap(
-    a: SiteCall, b: SiteCall, counts: tuple[int, int], reasons: dict[int, str]
-) -> Tap | None:
+def _tap(a: SiteCall, b: SiteCall, counts: tuple[int, int], reasons: dict[int, str]) -> Tap | None:
     rank = len(a.output_shape)
     axis = find_axis(a.output_shape, b.output_shape, counts)
     if axis == "none" and a.batchless:
@@ -188,9 +185,7 @@ def _tap(
     return Tap(a.number, a.function, a.rule, a.kept, tuple(kept_axes), rank, where, tuple(uses))
 
 
-def find_axis(
-    a: Sequence[int], b: Sequence[int], counts: tuple[int, int]
-) -> Axis | str:
+def find_axis(a: Sequence[int], b: Sequence[int], counts: tuple[int, int]) -> Axis | str:
     """Return the axis whose size follows the number of examples, "none", or "unclear".
 
     >>> find_axis((2, 7), (3, 7), (2, 3)), find_axis((14, 5), (21, 5), (2, 3))

@@ -25,6 +25,10 @@ def plan_for(model: Any, params: Any, buffers: Any, inputs: Any) -> Plan:
 
     A plan depends on ranks and data types, not on sizes. Inside a transformation values cannot be
     compared: a plan that was checked before is used, otherwise one that rests on structure alone.
+
+    Raises:
+        RuntimeError: the model itself fails.
+        UnsupportedError: no per-example scores exist, or checkpointing is on.
     """
     key = _structure(params, buffers, inputs)
     known = _of(model)

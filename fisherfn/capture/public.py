@@ -61,7 +61,8 @@ class Capture:
         """Return the scores of every parameter, by path, in factored form.
 
         Args:
-            cotangents: Like the outputs: what each example's outputs are multiplied by. The score of
+            cotangents: Like the outputs: what each example's outputs are multiplied by. The score
+                of
                 example b is the gradient of `<cotangents_b, outputs_b>`.
 
         Returns:
@@ -72,7 +73,9 @@ class Capture:
         Raises:
             TreeMismatchError: the cotangents are not like the outputs.
         """
-        trees.check_like("capture.pullback", "cotangents", cotangents, self.outputs, like_name="the outputs")
+        trees.check_like(
+            "capture.pullback", "cotangents", cotangents, self.outputs, like_name="the outputs"
+        )
         found: dict[str, LeafScores] = {}
 
         def keep(leaf: int, scores: LeafScores) -> None:

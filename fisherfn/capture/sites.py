@@ -1,6 +1,7 @@
 """Where a model's parameters meet data: the pass that learns the sites.
 
-A `TorchFunctionMode` watches one run of the model, numbers the calls of registered functions, recognises
+A `TorchFunctionMode` watches one run of the model, numbers the calls of registered functions,
+recognises
 parameters (and views of them) by identity, and asks the rules what to keep. Whatever else touches a
 parameter is written down as a reason for the general path.
 """
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fisherfn.capture.views import steps_of
+from fisherfn.core.modes import version
 from fisherfn.layers import attention
 from fisherfn.layers.registry import Builder, Call, bind, rule_for
 from fisherfn.layers.views import View
@@ -25,7 +27,8 @@ _MHA = F.multi_head_attention_forward
 _MHA_NAMES = (
     "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v "
     "add_zero_attn dropout_p out_proj_weight out_proj_bias training key_padding_mask need_weights "
-    "attn_mask use_separate_proj_weight q_proj_weight k_proj_weight v_proj_weight static_k static_v "
+    "attn_mask use_separate_proj_weight q_proj_weight k_proj_weight v_proj_weight static_k "
+    "static_v "
     "average_attn_weights is_causal"
 ).split()
 _MHA_DEFAULTS = {
@@ -48,12 +51,10 @@ _DROPOUTS = (
     F.feature_alpha_dropout,
     torch.dropout,
 )
-_CONSTANTS = (torch.Tensor.detach, torch.Tensor.data.__get__)  # type: ignore[attr-defined]
+_CONSTANTS = (torch.Tensor.detach, getter("data"))
 
 
-def rewritten(
-    function: Any, args: Sequence[Any], kwargs: dict[str, Any]
-) -> dict[str, Any] | None:
+def rewritten(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
     """Return the arguments of a call that capture rewrites, or None for any other call."""
     if function is not _MHA:
         return None
@@ -69,7 +70,7 @@ def is_attention(function: Any) -> bool:
 
 @dataclass
 class RoleUse:
-    """A parameter among the arguments of a call: which leaf, through which view, with which builder."""
+    """A parameter among the arguments of a call: which leaf, which view, which builder."""
 
     leaf: int
     argument: str
@@ -212,11 +213,18 @@ class SitePass(TorchFunctionMode):
             roles.append(RoleUse(leaf, role.argument, view, role.builder))
         leaves = [role.leaf for role in roles]
         for t in kept:
-            self.recording.kept.append((t, _version(t), leaves))
+            self.recording.kept.append((t, version(t), leaves))
             self.alive.append(t)
         shapes = tuple(tuple(t.shape) for t in kept)
         return SiteCall(
-            number, function, rule.name, match.kept, shapes, tuple(out.shape), roles, match.batchless
+            number,
+            function,
+            rule.name,
+            match.kept,
+            shapes,
+            tuple(out.shape),
+            roles,
+            match.batchless,
         )
 
     def _mutation(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -231,8 +239,8 @@ class SitePass(TorchFunctionMode):
 
     def finish(self) -> None:
         """Compare the versions of all inputs that rules want to keep."""
-        for t, version, leaves in self.recording.kept:
-            if _version(t) != version:
+        for t, before, leaves in self.recording.kept:
+            if version(t) != before:
                 for leaf in leaves:
                     self.recording.blame(leaf, "its layer's input is overwritten in place")
         self.recording.kept.clear()
@@ -250,12 +258,6 @@ class SitePass(TorchFunctionMode):
             attention.refuse_random(name, "dropout")
 
 
-def _version(t: Tensor) -> int:
-    if torch._C._functorch.is_functorch_wrapped_tensor(t):
-        return 0
-    return t._version
-
-
 def _flat(value: Any) -> list[Any]:
     """Return the values of nested arguments."""
     if isinstance(value, (list, tuple)):
@@ -265,9 +267,7 @@ def _flat(value: Any) -> list[Any]:
     return [value]
 
 
-def record(
-    run: Callable[[], Any], leaves: Sequence[Tensor]
-) -> tuple[Any, Recording]:
+def record(run: Callable[[], Any], leaves: Sequence[Tensor]) -> tuple[Any, Recording]:
     """Run a model once under a `SitePass`; return its outputs and what was seen."""
     recording = Recording()
     watch = SitePass(leaves, recording)

@@ -2,8 +2,10 @@
 
 Two engines do the same thing. The functional one adds a zero to the output of every tapped call and
 takes `torch.func.vjp` with respect to the zeros: it composes with every transformation and with
-`torch.compile`. The eager one reads the same cotangents from autograd's own graph, without the additions
-and without the wrappers of `torch.func`; it may not be used under a transformation or where the result
+`torch.compile`. The eager one reads the same cotangents from autograd's own graph, without the
+additions
+and without the wrappers of `torch.func`; it may not be used under a transformation or where the
+result
 must be differentiable itself.
 """
 
@@ -12,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -79,13 +80,14 @@ class Tape(TorchFunctionMode):
         """Check that every planned call happened."""
         if len(self.kept) != len(plan.taps):
             raise PlanMismatchError(
-                f"capture: expected {len(plan.taps)} tapped calls, got {len(self.kept)}. The model's "
+                f"capture: expected {len(plan.taps)} tapped calls, got {len(self.kept)}. The "
+                "model's "
                 "layers depend on the data."
             )
 
 
 def canonical(t: Tensor, axis: Axis | None, batch: int, lead: int = 0) -> Tensor:
-    """Bring the examples to the front: `[*lead, B, M, *rest]`; `[1, 1, *t]` without such an axis."""
+    """Bring the examples to the front: `[*lead, B, M, *rest]`; `[1, 1, *t]` without any."""
     if axis is None:
         return t.reshape(*t.shape[:lead], 1, 1, *t.shape[lead:])
     place = lead + axis.index

@@ -1,6 +1,7 @@
 """Calls that only look at a parameter differently: transposes, reshapes, slices, casts, constants.
 
-The result of such a call still is the parameter, seen through a view; a rule that meets it later knows
+The result of such a call still is the parameter, seen through a view; a rule that meets it later
+knows
 where its scores belong.
 """
 
@@ -191,6 +192,11 @@ def _both(*names: str) -> list[Any]:
     return [f for f in found if f is not None]
 
 
+def getter(name: str) -> Any:
+    """Return an attribute's getter as a `TorchFunctionMode` sees it."""
+    return getattr(torch.Tensor, name).__get__
+
+
 _TABLE: list[tuple[list[Any], Handler]] = [
     (
         _both("to", "float", "double", "half", "bfloat16", "type_as", "contiguous", "clone", "type")
@@ -203,8 +209,8 @@ _TABLE: list[tuple[list[Any], Handler]] = [
         _reshaped,
     ),
     (_both("transpose", "swapaxes", "swapdims"), _transposed),
-    ([*_both("t"), torch.Tensor.T.__get__], _reversed),  # type: ignore[attr-defined]
-    ([*_both("adjoint"), torch.Tensor.mT.__get__], _matrix_transposed),  # type: ignore[attr-defined]
+    ([*_both("t"), getter("T")], _reversed),
+    ([*_both("adjoint"), getter("mT")], _matrix_transposed),
     (_both("permute"), _permuted),
     (_both("chunk", "split", "tensor_split", "split_with_sizes"), _parts),
     (_both("unbind"), _unbound),

@@ -71,16 +71,16 @@ def empty_like(a: R) -> R:
 
 
 def merge_weights(count_a: Tensor, count_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return N_a/N, N_b/N and N = N_a + N_b; the shares are 0 where N is 0.
+    """Return N_a/N, N_b/N (float64) and N = N_a + N_b; the shares are 0 where N is 0.
 
     >>> merge_weights(torch.tensor(1.0), torch.tensor(3.0))
-    (tensor(0.2500), tensor(0.7500), tensor(4.))
-    >>> merge_weights(torch.tensor(0.0), torch.tensor(0.0))
-    (tensor(0.), tensor(0.), tensor(0.))
+    (tensor(0.2500, dtype=torch.float64), tensor(0.7500, dtype=torch.float64), tensor(4.))
     """
+    # Counts may be float32 beside values in float64, whose shares have to be as exact as they are.
+    dtype = torch.float32 if count_a.device.type == "mps" else torch.float64
     total = count_a + count_b
-    safe = torch.where(total == 0, torch.ones_like(total), total)
-    return count_a / safe, count_b / safe, total
+    safe = torch.where(total == 0, torch.ones_like(total), total).to(dtype)
+    return count_a.to(dtype) / safe, count_b.to(dtype) / safe, total
 
 
 def check_mergeable(caller: str, a: Any, path: str = "") -> None:

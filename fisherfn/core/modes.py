@@ -10,13 +10,23 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch._C._functorch import peek_interpreter_stack
+from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch._subclasses.fake_tensor import FakeTensor
+
+
+def in_functorch() -> bool:
+    """Return True inside a `torch.func` transformation."""
+    return peek_interpreter_stack() is not None
+
+
+def version(t: torch.Tensor) -> int:
+    """Return how often a tensor was written to; 0 for one that a transformation has wrapped."""
+    return 0 if is_functorch_wrapped_tensor(t) else t._version
 
 
 def transformed() -> bool:
     """Return True inside `torch.compile` or any `torch.func` transformation."""
-    return torch.compiler.is_compiling() or peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or in_functorch()
 
 
 def concrete(*values: Any) -> bool:

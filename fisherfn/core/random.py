@@ -187,9 +187,10 @@ def _times(x: Tensor, y: Tensor | int) -> Tensor:
     if not torch.compiler.is_compiling():
         return x * y
     # In the C++ that inductor writes, signed overflow is undefined, and with a key known at compile
-    # time it does go wrong. Unsigned it is defined; eager torch has few unsigned operations.
-    factor = y.view(torch.uint64) if isinstance(y, Tensor) else y
-    return (x.view(torch.uint64) * factor).view(torch.int64)
+    # time it does go wrong. Unsigned it is defined; eager torch has few unsigned operations. The
+    # conversions keep the bits, as `view` would, which torch 2.11 cannot trace under vmap.
+    factor = y.to(torch.uint64) if isinstance(y, Tensor) else y
+    return (x.to(torch.uint64) * factor).to(torch.int64)
 
 
 def _words(key: Tensor, start: int, stop: int) -> Tensor:

@@ -23,7 +23,7 @@ from fisherfn.curvature.common import (
     at,
     check_damping,
     check_floating,
-    check_power,
+    check_number,
     norm,
     poison,
     require,
@@ -149,7 +149,7 @@ class Blocks(Curvature):
         """Return (F + λI)ᵖ v for any real number p."""
         caller = f"{type(self).__name__}.pow"
         vectors = self._gather(caller, v)
-        scalar, p = check_damping(caller, damping), check_power(caller, p)
+        scalar, p = check_damping(caller, damping), check_number(caller, "p", p)
         parts = self._parts()
         dtypes = [_common(part.matrix, x) for part, x in zip(parts, vectors, strict=True)]
         if p == int(p) and abs(p) <= _STEPS:

@@ -56,18 +56,18 @@ def check_damping(caller: str, damping: Any) -> Scalar:
     return damping
 
 
-def check_power(caller: str, p: Any) -> float:
-    """Return an exponent, checked: a finite real number.
+def check_number(caller: str, name: str, x: Any) -> float:
+    """Return an option, checked: a finite real number.
 
     Raises:
         OptionError: Anything else.
     """
-    if not is_number(p) or not -math.inf < p < math.inf:
+    if not is_number(x) or not -math.inf < x < math.inf:
         raise OptionError(
-            f"{caller}: expected p to be a finite real number, got {p!r} of type "
-            f"{type(p).__name__}. Pass a number such as -0.5."
+            f"{caller}: expected {name} to be a finite real number, got {x!r} of type "
+            f"{type(x).__name__}. Pass a plain number."
         )
-    return p
+    return x
 
 
 def is_number(x: Any) -> bool:

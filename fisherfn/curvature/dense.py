@@ -48,7 +48,8 @@ class Dense(Blocks):
         return f"{self.layout.size} x {self.layout.size}"
 
     def _parts(self) -> list[Part]:
-        return [Part("", self.matrix, tuple(range(len(self.layout.sizes))))]
+        leaves = tuple(range(len(self.layout.sizes)))
+        return [Part("", self.matrix, leaves)] if leaves else []
 
     def _check_same(self, caller: str, other: Any) -> None:
         other.layout.check_same(caller, self.layout)

@@ -21,7 +21,7 @@ from fisherfn.curvature.common import (
     at,
     check_damping,
     check_floating,
-    check_power,
+    check_number,
     combine,
     norm,
     poison,
@@ -140,7 +140,7 @@ class Diagonal(Curvature):
         """Return (F + λI)ᵖ v for any real number p."""
         caller = "Diagonal.pow"
         self._check_vector(caller, v)
-        p = check_power(caller, p)
+        p = check_number(caller, "p", p)
         if p < 0:
             shifted = self._positive(caller, damping)
         elif p == int(p):

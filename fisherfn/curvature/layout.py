@@ -131,6 +131,25 @@ class Layout:
             f"{list(like.paths)}. Compute both with the same parameters."
         )
 
+    def ravel(self, caller: str, name: str, tree: Tree) -> Tensor:
+        """Return a tree as a vector [P] in this layout's order, float32 or wider.
+
+        Args:
+            caller: The public function on whose behalf the tree is checked.
+            name: What the caller calls the tree.
+            tree: Tree like the parameters.
+
+        Returns:
+            Vector [P].
+        """
+        found = self.leaves(caller, name, tree)
+        return wide(torch.cat([leaf.reshape(-1) for leaf in found]) if found else torch.zeros(0))
+
+    def unravel(self, vector: Tensor) -> Tree:
+        """Return a vector [P] as a tree like the parameters, in the dtype of the vector."""
+        parts = zip(vector.split(self.sizes), self.shapes, strict=True)
+        return self.build([part.reshape(shape) for part, shape in parts])
+
     def build(self, leaves: Sequence[Any]) -> Tree:
         """Return the tree of this structure with these leaves."""
         return _build(self.skeleton, leaves)

@@ -11,7 +11,7 @@ from torch import Tensor
 from fisherfn.core import trees
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.base import Result
-from fisherfn.curvature.common import Scalar, combine, scalar_like, wide
+from fisherfn.curvature.common import Scalar, check_number, combine, scalar_like, wide
 from fisherfn.curvature.diagonal import check_tensors
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class GradientMoments(Result):
         """
         self._check("GradientMoments.variance")
         count = wide(self.count)
-        rest = count - correction
+        rest = count - check_number("GradientMoments.variance", "correction", correction)
         factor = torch.where(rest > 0, count / rest, torch.full_like(count, torch.nan))
 
         def leaf(mean: Tensor, square: Tensor) -> Tensor:

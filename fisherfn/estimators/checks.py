@@ -43,7 +43,8 @@ def check_options(
         )
     if num_samples > 1 and fisher in ("exact", "empirical"):
         raise OptionError(
-            f"{caller}: expected num_samples=1 for fisher={fisher!r}, got {num_samples}. Nothing is "
+            f"{caller}: expected num_samples=1 for fisher={fisher!r}, got {num_samples}. Nothing "
+            "is "
             "drawn there; use fisher='mc' or 'curvature_prop'."
         )
     check_chunk_size(caller, chunk_size)
@@ -89,7 +90,8 @@ def check_params(caller: str, params: Any) -> list[Tensor]:
     for path, leaf in zip(trees.paths(params), leaves, strict=True):
         if not isinstance(leaf, Tensor):
             raise TreeMismatchError(
-                f"{caller}: expected params to hold tensors, got {type(leaf).__name__} at '{path}'. "
+                f"{caller}: expected params to hold tensors, got {type(leaf).__name__} at "
+                f"'{path}'. "
                 "Constants belong into the buffers or the closure."
             )
         if not leaf.is_floating_point():

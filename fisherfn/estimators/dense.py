@@ -94,9 +94,7 @@ def _block_diagonal(statistic: OuterSum, frame: Frame) -> BlockDiagonal:
     groups = _groups(layout, statistic.by)
     names = [name for name, _ in groups]
     blocks = dict(zip(names, statistic.finished(), strict=True))
-    return BlockDiagonal(
-        blocks, frame.total, layout, groups, fisher=frame.fisher, unit=frame.unit
-    )
+    return BlockDiagonal(blocks, frame.total, layout, groups, fisher=frame.fisher, unit=frame.unit)
 
 
 def dense(
@@ -146,9 +144,7 @@ def dense(
         "chunk_size": chunk_size,
     }
     lik = resolve("dense", likelihood)
-    return Estimator(
-        "dense", model, lik, options, labels, lambda: OuterSum(num_samples, _dense)
-    )
+    return Estimator("dense", model, lik, options, labels, lambda: OuterSum(num_samples, _dense))
 
 
 def block_diagonal(
@@ -195,7 +191,8 @@ def block_diagonal(
     labels = checks.check_options("block_diagonal", model, fisher, num_samples, unit, chunk_size)
     if by not in ("leaf", "layer"):
         raise OptionError(
-            f"block_diagonal: expected by='leaf' or 'layer', got {by!r}. A leaf is one tensor of the "
+            f"block_diagonal: expected by='leaf' or 'layer', got {by!r}. A leaf is one tensor of "
+            "the "
             "parameters; a layer has all tensors of one module."
         )
     options = {

@@ -85,7 +85,8 @@ def diagonal(
         likelihood: What turns outputs into a distribution, from `fisherfn.likelihoods`.
         fisher: Whose labels: "exact" (the model's, in closed form), "mc" (drawn from the model),
             "curvature_prop" (random signs, unbiased), "empirical" (the observed targets).
-        num_samples: Draws of labels for each example, for "mc" and "curvature_prop". The expectation
+        num_samples: Draws of labels for each example, for "mc" and "curvature_prop". The
+            expectation
             does not depend on it; with more than one, the result has a standard error.
         unit: What N counts: "example", a row of the batch, or "position", each of its positions.
         chunk_size: Examples processed together; None takes all that memory allows.
@@ -99,8 +100,8 @@ def diagonal(
     Cost: one forward and one backward for each draw, without weight gradients, and one contraction
     the size of the weight gradient. "exact" takes positions x (C - 1) pull-backs.
 
-    Reference: Martens (2020), New insights and perspectives on the natural gradient method, sections 5
-    and 9; Kunstner, Balles & Hennig (2019) for the empirical Fisher.
+    Reference: Martens (2020), New insights and perspectives on the natural gradient method,
+    sections 5 and 9; Kunstner, Balles & Hennig (2019) for the empirical Fisher.
 
     Example:
         >>> import torch
@@ -120,6 +121,4 @@ def diagonal(
         "chunk_size": chunk_size,
     }
     lik = resolve("diagonal", likelihood)
-    return Estimator(
-        "diagonal", model, lik, options, labels, lambda: SquareSum(num_samples)
-    )
+    return Estimator("diagonal", model, lik, options, labels, lambda: SquareSum(num_samples))

@@ -1,6 +1,7 @@
 """The loop that every estimator shares: chunks of examples, draws of labels, blocks of columns.
 
-One forward for each chunk; one backward for each distinct kind of labels, draw and block of columns;
+One forward for each chunk; one backward for each distinct kind of labels, draw and block of
+columns;
 every statistic that asked for those labels receives the scores while they exist.
 """
 
@@ -170,9 +171,7 @@ class _Loop:
             labels.fisher == "exact" or (labels.fisher, labels.unit) == ("empirical", "position")
             for labels in groups
         )
-        captured = Captured(
-            self.model, self.params, self.buffers, inputs, plan, plain=many
-        )
+        captured = Captured(self.model, self.params, self.buffers, inputs, plan, plain=many)
         observed = self._observe(captured.outputs, groups, start, stop)
         if samples[0] == 0:
             for labels, jobs in groups.items():
@@ -292,4 +291,3 @@ class _Loop:
 
 def _part(tree: Any, start: int, stop: int) -> Any:
     return trees.map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, tree)
-

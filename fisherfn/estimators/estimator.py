@@ -56,6 +56,9 @@ class Estimator:
             batch: The data.
             key: Random key, needed where labels are drawn.
 
+        Returns:
+            What the function that made the estimator says.
+
         Raises:
             FisherError: the arguments do not fit; the message says which and what to do.
         """

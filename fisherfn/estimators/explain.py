@@ -93,10 +93,14 @@ class Explanation:
             for row in self.rows
         ]
         widths = [max(len(line[i]) for line in [head, *table]) for i in range(len(head))]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in [head, *table]]
+        lines = [
+            "  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip()
+            for line in [head, *table]
+        ]
         captured = len(self.rows) - len(self.general)
         lines.append(
-            f"{self.name}, fisher={self.fisher!r}: {len(self.rows)} parameters, {captured} captured, "
+            f"{self.name}, fisher={self.fisher!r}: {len(self.rows)} parameters, {captured} "
+            "captured, "
             f"{len(self.general)} on the general path; batch of {self.batch}, "
             f"{self.columns * self.num_samples} pull-back(s), {_short(self.multiplications)} "
             f"multiplications; {'checked against autograd' if self.checked else 'not checked'}"
@@ -107,14 +111,14 @@ class Explanation:
 def explain(
     estimator: Estimator | Statistics,
 ) -> Callable[..., Explanation]:
-    """Say, for each parameter, where it is used, which rule contracts it or why none does, and the cost.
+    """Say where each parameter is used, which rule contracts it or why none does, and the cost.
 
     Args:
         estimator: Any estimator, or several combined by `statistics`.
 
     Returns:
-        A function of `(params, buffers, batch)` that gives an `Explanation`. It runs one forward and
-        one backward.
+        A function of `(params, buffers, batch)` that gives an `Explanation`. It runs one forward
+        and one backward.
 
     Raises:
         OptionError: this is no estimator.
@@ -195,7 +199,9 @@ def _row(
             batch * leaf.numel(),
             batch * leaf.numel() * 4,
         )
-    return Row(path, shape, tuple(uses), " + ".join(dict.fromkeys(rules)), "", multiplications, kept)
+    return Row(
+        path, shape, tuple(uses), " + ".join(dict.fromkeys(rules)), "", multiplications, kept
+    )
 
 
 def _short(n: float, unit: str = "") -> str:

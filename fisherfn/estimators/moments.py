@@ -57,8 +57,9 @@ def gradient_moments(
 ) -> Estimator:
     """Give mean and mean square of the examples' scores, from one backward.
 
-    mean = (1/N) Σ_n s_n and square = (1/N) Σ_n s_n², elementwise. With observed labels the mean is the
-    negative gradient of the mean loss, and `square - mean²` the variance of the per-example gradient.
+    mean = (1/N) Σ_n s_n and square = (1/N) Σ_n s_n², elementwise. With observed labels the mean is
+    the negative gradient of the mean loss, and `square - mean²` the variance of the per-example
+    gradient.
 
     Args:
         model: Function `(params, buffers, inputs) -> outputs`.
@@ -90,11 +91,10 @@ def gradient_moments(
     )
     if fisher not in ("empirical", "mc"):
         raise OptionError(
-            f"gradient_moments: expected fisher='empirical' or 'mc', got {fisher!r}. The mean score "
+            f"gradient_moments: expected fisher='empirical' or 'mc', got {fisher!r}. The mean "
+            "score "
             "under the model's own labels is zero; diagonal() gives the mean square."
         )
     options = {"fisher": fisher, "num_samples": num_samples, "chunk_size": chunk_size}
     lik = resolve("gradient_moments", likelihood)
-    return Estimator(
-        "gradient_moments", model, lik, options, labels, lambda: Moments(num_samples)
-    )
+    return Estimator("gradient_moments", model, lik, options, labels, lambda: Moments(num_samples))

@@ -74,13 +74,12 @@ class Counted:
 
     def part(self, start: int, stop: int) -> Counted:
         """Return what counts of the examples `start` to `stop`, with the same total."""
-        return Counted(
-            self.mask[start:stop], self.weights[start:stop], self.total, self.masked
-        )
+        return Counted(self.mask[start:stop], self.weights[start:stop], self.total, self.masked)
 
     def root_weights(self) -> Tensor:
         """Return `√(w/N)` of each unit; 0 where nothing counts."""
-        # bad weights, or nothing to count, must not look like a result where they cannot be raised for
+        # bad weights, or nothing to count, must not look like a result where they cannot be raised
+        # for
         fine = (self.weights >= 0).all() & (self.total > 0)
         return (self.weights / torch.where(fine, self.total, float("nan"))).sqrt()
 
@@ -122,8 +121,10 @@ def check_budget(caller: str, labels: Labels, columns: int) -> None:
     """Refuse an exact Fisher that nobody would wait for."""
     if labels.fisher == "exact" and columns > EXACT_BUDGET:
         raise OptionError(
-            f"{caller}: expected an exact Fisher of at most {EXACT_BUDGET} pull-backs, got {columns} "
-            "(positions times C - 1). Use fisher='mc' or fisher='curvature_prop', which are unbiased "
+            f"{caller}: expected an exact Fisher of at most {EXACT_BUDGET} pull-backs, got "
+            f"{columns} "
+            "(positions times C - 1). Use fisher='mc' or fisher='curvature_prop', which are "
+            "unbiased "
             "and need one, or fisher='empirical'."
         )
 
@@ -161,7 +162,7 @@ class Observed:
         yield trees.map(lambda t: t.unsqueeze(0), self._scaled(score, factor, 0))
 
     def log_likelihood(self) -> Tensor:
-        """Return the weighted mean of the units' log-probabilities, as far as this chunk goes; 0-d."""
+        """Return this chunk's share of the weighted mean log-probability of the units; 0-d."""
         targets = self.likelihood.neutral(self.targets, self.mask)
         log_prob = self.likelihood.log_prob(self.outputs, targets)
         if self.mask is not None:
@@ -233,11 +234,7 @@ class Observed:
     def _roots(self, factor: Tensor, step: int) -> Iterator[Any]:
         places, columns = factor[0].numel(), self.likelihood.columns(self.outputs)
         for first in range(0, places * columns, step):
-            index = torch.arange(
-                first, min(places * columns, first + step), device=factor.device
-            )
-            root = torch.func.vmap(lambda c: self.likelihood.root(self.outputs, c))(
-                index % columns
-            )
+            index = torch.arange(first, min(places * columns, first + step), device=factor.device)
+            root = torch.func.vmap(lambda c: self.likelihood.root(self.outputs, c))(index % columns)
             chosen = self._selectors(index // columns).to(factor.dtype) * factor
             yield self._scaled(root, chosen, 1)

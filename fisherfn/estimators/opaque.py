@@ -1,7 +1,9 @@
 """How estimators enter a compiled graph: as one call that Dynamo does not look into.
 
-The capture needs real Python: identity of tensors, attribute access such as `W.T`, a mode that watches.
-AOTAutograd traces through it with fake tensors, so the compiled graph contains every operation; only
+The capture needs real Python: identity of tensors, attribute access such as `W.T`, a mode that
+watches.
+AOTAutograd traces through it with fake tensors, so the compiled graph contains every operation;
+only
 Dynamo's symbolic interpretation of the Python code is skipped (`torch._dynamo.nonstrict_trace`).
 """
 
@@ -12,7 +14,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from fisherfn.batch import Batch
@@ -38,9 +39,7 @@ def register(entry: Entry) -> str:
     return slot
 
 
-def _run(
-    slot: str, params: Any, buffers: Any, fields: dict[str, Any], keys: list[Tensor]
-) -> Any:
+def _run(slot: str, params: Any, buffers: Any, fields: dict[str, Any], keys: list[Tensor]) -> Any:
     return _ENTRIES[slot].evaluate(params, buffers, Batch(**fields), keys[0] if keys else None)
 
 

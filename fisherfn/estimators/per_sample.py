@@ -90,7 +90,8 @@ def per_sample_gradients(
 ) -> Estimator:
     """Give the score of every example: the gradient of its summed log-probability.
 
-    s_n = +∇_θ Σ_t log p(y_nt | x_n, θ), for the observed targets; unweighted, and zero where masked.
+    s_n = +∇_θ Σ_t log p(y_nt | x_n, θ), for the observed targets; unweighted, and zero where
+    masked.
 
     Args:
         model: Function `(params, buffers, inputs) -> outputs`.
@@ -118,7 +119,9 @@ def per_sample_gradients(
 
 
 def score_norms(model: Any, likelihood: Any, *, chunk_size: int | None = None) -> Estimator:
-    """Give the squared norm of every example's score over all parameters, without forming the scores.
+    """Give the squared norm of every example's score, without forming the scores.
+
+    The norm runs over all parameters.
 
     Args:
         model: Function `(params, buffers, inputs) -> outputs`.
@@ -146,10 +149,10 @@ def score_norms(model: Any, likelihood: Any, *, chunk_size: int | None = None) -
 
 
 def score_gram(model: Any, likelihood: Any, *, chunk_size: int | None = None) -> Estimator:
-    """Give the inner products of all pairs of scores over all parameters, without forming the scores.
+    """Give the inner products of all pairs of scores, without forming the scores.
 
-    The Gram matrix `S Sᵀ` of the scores; divided by B it has the non-zero eigenvalues of the empirical
-    Fisher information.
+    The Gram matrix `S Sᵀ` of the scores; divided by B it has the non-zero eigenvalues of the
+    empirical Fisher information.
 
     Args:
         model: Function `(params, buffers, inputs) -> outputs`.

@@ -1,6 +1,7 @@
 """What an estimator does with scores: one small accumulator a quantity.
 
-A statistic receives the scores of one parameter after the other, for a block of columns and a chunk of
+A statistic receives the scores of one parameter after the other, for a block of columns and a
+chunk of
 examples at a time, and never keeps more than its result needs.
 """
 
@@ -43,9 +44,11 @@ class Statistic(ABC):
 
     def begin(self, params: Any) -> None:
         """Learn what the parameters look like."""
+        return
 
     def observe(self, observed: Observed) -> None:
         """Look at the outputs of a chunk, before any pull-back."""
+        return
 
     @abstractmethod
     def take(self, leaf: int, scores: LeafScores, root_weights: Tensor) -> None:
@@ -53,12 +56,15 @@ class Statistic(ABC):
 
     def end_pull(self) -> None:
         """All parameters have been taken for this block of columns."""
+        return
 
     def end_chunk(self) -> None:
         """All columns of one draw have been taken for this chunk of examples."""
+        return
 
     def end_draw(self) -> None:
         """All chunks have been taken for this draw of labels."""
+        return
 
     @abstractmethod
     def result(self, frame: Frame) -> Any:

@@ -73,6 +73,4 @@ def match_row_selection(call: Call) -> Match | None:
     return Match(("index",), (Role("input", builder),), batchless=True)
 
 
-register_rule(
-    [torch.Tensor.__getitem__], ("input", "index"), match_row_selection, name="embedding"
-)
+register_rule([torch.Tensor.__getitem__], ("input", "index"), match_row_selection, name="embedding")

@@ -1,6 +1,7 @@
 """What a layer's score is made of, whatever the layer: the interface of the three forms.
 
-Shapes: B examples; K columns, the cotangents that were pulled back together (labels, columns of a square
+Shapes: B examples; K columns, the cotangents that were pulled back together (labels, columns of a
+square
 root); a form stands for scores `[K, B, *shape]` of one use of one parameter, without forming them.
 """
 
@@ -15,8 +16,10 @@ from torch import Tensor
 class Form(ABC):
     """Per-example scores of one parameter (or one view of it), kept in factored form."""
 
-    #: Shape of the parameter (or view) that the scores belong to.
-    shape: tuple[int, ...]
+    @property
+    @abstractmethod
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the parameter (or view) that the scores belong to."""
 
     @property
     @abstractmethod
@@ -46,7 +49,7 @@ class Form(ABC):
 
     @abstractmethod
     def gram(self) -> Tensor:
-        """Return the inner products of the scores of all pairs of examples, summed over columns, `[B, B]`."""
+        """Return inner products of all pairs of examples, summed over columns, `[B, B]`."""
 
     @abstractmethod
     def scaled(self, weight: Tensor) -> Form:

@@ -1,8 +1,10 @@
 """All that a batch says about one parameter: the sum of its uses' scores.
 
-A parameter that is used in several places has one score, the sum over the places, and it is the sum that
+A parameter that is used in several places has one score, the sum over the places, and it is the
+sum that
 is squared. Uses of one form are joined; slices that do not overlap stay apart; a table that is both
-looked up and multiplied by (a tied embedding) has a closed form; everything else adds the scores of a few
+looked up and multiplied by (a tied embedding) has a closed form; everything else adds the scores
+of a few
 examples at a time.
 """
 
@@ -180,7 +182,7 @@ class LeafScores:
         return isinstance(view[0], Reshape) and view[0].source == self.shape
 
     def _tied_products(self) -> Tensor:
-        """Return `g_t ⊙ score_outer[index_t]`, `[K, B, T, D]`; only the looked-up rows are formed."""
+        """Return `g_t ⊙ score_outer[index_t]`, `[K, B, T, D]`, for those rows only."""
         pair = self._tied()
         assert pair is not None
         outer, lookup = pair

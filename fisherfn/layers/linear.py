@@ -24,7 +24,8 @@ from fisherfn.layers.views import Permute, Reshape, View
 class MatrixBuilder:
     """Outer products of input rows and cotangent rows.
 
-    `transposed`: the argument is `[I, O]`, as in `x @ W`. `left`: the matrix stands on the left, `W @ x`,
+    `transposed`: the argument is `[I, O]`, as in `x @ W`. `left`: the matrix stands on the left,
+    `W @ x`,
     and vectors are columns.
     """
 

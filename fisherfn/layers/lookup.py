@@ -1,6 +1,7 @@
 """Rows picked by an index: embeddings.
 
-Tensor format: `index` is int64 `[B, T]`, the row that each position picks; `g` is `[K, B, T, D]`, the
+Tensor format: `index` is int64 `[B, T]`, the row that each position picks; `g` is `[K, B, T, D]`,
+the
 cotangent of what was picked. The score of example b is `score[v] = Σ_{t: index[b, t] = v} g[b, t]`.
 """
 
@@ -56,12 +57,11 @@ class Lookup(Form):
     def scatter(self, values: Tensor, total: Tensor | None = None) -> Tensor:
         """Return `total` plus `values`, `[B, T, D]`, each added to the row it was picked from."""
         flat = self.index.reshape(-1)
-        if total is None:
-            total = values.new_zeros(self.shape)
-        return total.index_add(0, flat, values.reshape(-1, values.shape[-1]))
+        start = values.new_zeros(self.shape) if total is None else total
+        return start.index_add(0, flat, values.reshape(-1, values.shape[-1]))
 
     def square_sum(self, total: Tensor | None = None) -> Tensor:
-        """Return the sum of squared scores `[rows, D]`: each position brings `g` times its row's score."""
+        """Return the sum of squares `[rows, D]`: a position brings `g` times its row's score."""
         return accumulate(total, self.scatter((self.g * self.gathered()).sum(0)))
 
     def sum(self) -> Tensor:

@@ -25,7 +25,8 @@ from fisherfn.layers.views import View
 class NormalisedBuilder:
     """The cotangent times the normalised input, summed to the weight's shape.
 
-    `normalise` acts on inputs whose leading axes are flattened examples. `first` is the first axis of
+    `normalise` acts on inputs whose leading axes are flattened examples. `first` is the first axis
+    of
     the input that it looks at; axes before it may be the examples.
     """
 
@@ -48,7 +49,7 @@ class NormalisedBuilder:
 def _roles(
     call: Call, normalise: Callable[[Sequence[Tensor]], Tensor], first: int, channels: bool
 ) -> Match | None:
-    """Scale and shift roles of `weight` and `bias`; per channel (axis 1), or aligned from the right."""
+    """Return the roles of `weight` and `bias`, per channel (axis 1) or aligned from the right."""
     rank = len(call.output_shape)
     roles = []
     for argument in ("weight", "bias"):
@@ -94,7 +95,7 @@ def match_group_norm(call: Call) -> Match | None:
 
 
 def match_instance_norm(call: Call) -> Match | None:
-    """`instance_norm(input, ..., weight, bias, use_input_stats, ...)` with statistics of the input."""
+    """`instance_norm(input, ..., weight, bias, ...)` with statistics of the input."""
     if "input" in call.tracked or not call["use_input_stats"]:
         return None
     eps = call["eps"]
@@ -141,7 +142,16 @@ register_rule(
 )
 register_rule(
     [F.instance_norm],
-    ("input", "running_mean", "running_var", "weight", "bias", "use_input_stats", "momentum", "eps"),
+    (
+        "input",
+        "running_mean",
+        "running_var",
+        "weight",
+        "bias",
+        "use_input_stats",
+        "momentum",
+        "eps",
+    ),
     match_instance_norm,
     name="instance_norm",
     defaults={**_EPS, "use_input_stats": True},

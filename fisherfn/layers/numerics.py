@@ -9,7 +9,8 @@ from torch import Tensor
 
 from fisherfn.core.modes import transformed
 
-# One block of per-example scores, in bytes. On a CPU a block should stay in the last-level cache; on a
+# One block of per-example scores, in bytes. On a CPU a block should stay in the last-level cache;
+# on a
 # GPU, and in compiled code, it only has to bound the memory.
 _CPU_BLOCK = 8 * 2**20
 _LARGE_BLOCK = 256 * 2**20
@@ -21,7 +22,7 @@ def wide(t: Tensor) -> Tensor:
 
 
 def in_place_allowed() -> bool:
-    """Return True where a fresh buffer may be overwritten: plain eager execution without a graph."""
+    """Return True where a fresh buffer may be overwritten: eager execution without a graph."""
     return not transformed() and not torch.is_grad_enabled()
 
 

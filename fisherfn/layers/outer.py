@@ -51,8 +51,8 @@ class Outer(Form):
     def square_sum(self, total: Tensor | None = None) -> Tensor:
         """Return the sum of squared scores `[R, O, I]`.
 
-        With one position the square factors, `(g²)ᵀ a²`; otherwise the scores of a block of examples
-        are formed, squared and added. Both are exact.
+        With one position the square factors, `(g²)ᵀ a²`; otherwise the scores of a block of
+        examples are formed, squared and added. Both are exact.
         """
         if self.positions == 1:
             return accumulate(total, self._factored())
@@ -73,14 +73,13 @@ class Outer(Form):
         return g2[:, :, 0].permute(1, 2, 0) @ a2[:, :, 0].transpose(0, 1)
 
     def _one_by_one(self, total: Tensor | None) -> Tensor:
-        if total is None:
-            total = self.a.new_zeros(self.shape)
-        score = torch.empty_like(total)
+        found = self.a.new_zeros(self.shape) if total is None else total
+        score = torch.empty_like(found)
         for k in range(self.columns):
             for b in range(self.batch):
                 torch.bmm(self.g[k, b].transpose(-1, -2), self.a[b], out=score)
-                total.addcmul_(score, score)
-        return total
+                found.addcmul_(score, score)
+        return found
 
     def sum(self) -> Tensor:
         """Return the sum of the scores, `[R, O, I]`."""
@@ -91,7 +90,7 @@ class Outer(Form):
         return rows_g.transpose(-1, -2) @ rows_a
 
     def norms(self) -> Tensor:
-        """Return squared norms `[K, B]`, through positions or through the score, whichever is less work."""
+        """Return squared norms `[K, B]`, through positions or through scores, as is cheaper."""
         t, (_, o, i) = self.positions, self.shape
         if t == 1:
             return ((self.g * self.g).sum((-1, -2)) * (self.a * self.a).sum((-1, -2))).sum(-1)
@@ -106,7 +105,7 @@ class Outer(Form):
         return torch.cat(parts, dim=1)
 
     def gram(self) -> Tensor:
-        """Return inner products `[B, B]`, through positions or through the score, whichever is less work."""
+        """Return inner products `[B, B]`, through positions or through scores, as is cheaper."""
         b, t, (r, o, i) = self.batch, self.positions, self.shape
         if b * t * t * (o + i) <= t * o * i + b * o * i:
             return self._gram_by_positions()

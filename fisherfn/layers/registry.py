@@ -1,11 +1,13 @@
 """The rules: which calls are layers, and which form the scores of their parameters have.
 
 A rule is registered for torch functions. When one of them is called with a parameter, the rule says
-which arguments must be kept and, for each parameter among the arguments, how the kept tensors and the
+which arguments must be kept and, for each parameter among the arguments, how the kept tensors and
+the
 cotangent of the output make a form.
 
 Tensor format given to a builder: every kept tensor is `[B or 1, M, *rest]` and the cotangent is
-`[K, B, M, *rest]`, where M is 1 unless the model had flattened other axes into the batch axis; `rest`
+`[K, B, M, *rest]`, where M is 1 unless the model had flattened other axes into the batch axis;
+`rest`
 are the tensor's own axes without the batch axis.
 """
 
@@ -93,7 +95,8 @@ def register_rule(
     """Register a contraction rule for some torch functions.
 
     Args:
-        functions: Functions as a `TorchFunctionMode` sees them, such as `torch.nn.functional.linear`.
+        functions: Functions as a `TorchFunctionMode` sees them, such as
+            `torch.nn.functional.linear`.
         parameters: Names of their arguments, in order.
         match: Says what to keep of a `Call`, or None if this call has no form.
         name: What `explain` calls the rule.

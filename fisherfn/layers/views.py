@@ -1,7 +1,9 @@
 """From a parameter to the tensor that a layer saw, and back.
 
-A view is a chain of linear steps, each of which only moves, selects or rescales entries. Scores of the
-view go back to the parameter through the adjoint of the chain; since no entry is duplicated, squares go
+A view is a chain of linear steps, each of which only moves, selects or rescales entries. Scores of
+the
+view go back to the parameter through the adjoint of the chain; since no entry is duplicated,
+squares go
 the same way (with the square of any factor).
 """
 
@@ -75,6 +77,9 @@ def pull(view: View, t: Tensor, *, lead: int = 0, power: int = 1) -> Tensor:
         t: `[*lead axes, *shape of the view]`.
         lead: Number of leading axes that the view knows nothing of.
         power: 1 for scores, 2 for squares.
+
+    Returns:
+        `[*lead axes, *shape of the parameter]`.
     """
     for step in reversed(view):
         t = step.adjoint(t, lead, power)

@@ -9,16 +9,11 @@ from typing import Any, Literal
 from torch import Tensor
 
 from fisherfn.core import random
-from fisherfn.estimators import (
-    block_diagonal,
-    dense,
-    diagonal,
-    gradient_moments,
-    per_sample_gradients,
-    score_gram,
-    score_norms,
-    statistics,
-)
+from fisherfn.estimators.dense import block_diagonal, dense
+from fisherfn.estimators.diagonal import diagonal
+from fisherfn.estimators.moments import gradient_moments
+from fisherfn.estimators.per_sample import per_sample_gradients, score_gram, score_norms
+from fisherfn.estimators.together import statistics
 from fisherfn.testing.problem import Problem
 
 FISHERS = ("exact", "mc", "curvature_prop", "empirical")

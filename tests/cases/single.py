@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fisherfn as ff
 import oracles
-from cases.base import Built, Case, Net, Setup, normal
+from cases.base import Built, Case, Net, Setup, normal, seeded
 from fisherfn.testing import assert_close
 
 
@@ -17,8 +17,14 @@ def case(forward: Callable[..., Any], inputs: Any, **parts: Any) -> Setup:
     return Case("trap", lambda: Built(Net(forward, **parts).double(), inputs)).setup()
 
 
+def part(build: Callable[..., nn.Module], *args: Any, **options: Any) -> nn.Module:
+    """Build a layer without moving torch's global generator."""
+    with seeded(1):
+        return build(*args, **options)
+
+
 def two(width: int = 4) -> dict[str, nn.Module]:
-    return {"a": nn.Linear(4, width), "b": nn.Linear(width, 3)}
+    return {"a": part(nn.Linear, 4, width), "b": part(nn.Linear, width, 3)}
 
 
 def x(size: int = 4) -> Tensor:

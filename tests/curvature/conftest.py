@@ -7,12 +7,13 @@ tested everywhere.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -124,6 +125,13 @@ OTHERS = st.one_of(
     st.tuples(LEAVES, LEAVES).map(lambda xs: OrderedDict(y=xs[0], x=xs[1])),
 )
 PARAMS = st.one_of(FLAT, NESTED, OTHERS)
+
+
+@pytest.fixture(autouse=True)
+def forget_compiled_code() -> Iterator[None]:
+    """Each test compiles anew, below the limit of recompilations."""
+    yield
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,9 +36,10 @@ def problem() -> testing.Problem:
     )
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _no_random_initialisation() -> Any:
-    with torch.random.fork_rng(devices=[]):
+@pytest.fixture(autouse=True)
+def seeded_layers() -> Iterator[None]:
+    """Layers are initialised in the tests themselves."""
+    with cases.seeded(0):
         yield
 
 

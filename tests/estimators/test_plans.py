@@ -14,7 +14,7 @@ import cases
 import fisherfn as ff
 import oracles
 from cases import normal
-from cases.single import case, diagonal, right_or_refused, two, want, x
+from cases.single import case, diagonal, part, right_or_refused, two, want, x
 from fisherfn.testing import assert_close
 
 # ---- plans that do not fit -----------------------------------------------------------------------
@@ -49,7 +49,7 @@ def test_sites_that_change_between_calls(
 ) -> None:
     """A plan made on one batch never answers for another whose sites are others."""
     signs = (1.0, -1.0)
-    s = case(forward, x(), c=nn.Linear(4, 4), **two())
+    s = case(forward, x(), c=part(nn.Linear, 4, 4), **two())
     estimator = diagonal(s)
     for which in order:
         inputs = x(5 - which) * 1.0
@@ -119,7 +119,7 @@ def test_constant_padding_rows_do_not_fool_the_plan_check() -> None:
     def forward(m: Any, x: Tensor) -> Tensor:
         return m.b(torch.tanh(F.linear(x, torch.cat([m.w, m.v]))))
 
-    s = case(forward, x(6), w=normal(2, 4), v=normal(2, 4, seed=1), b=nn.Linear(4, 3))
+    s = case(forward, x(6), w=normal(2, 4), v=normal(2, 4, seed=1), b=part(nn.Linear, 4, 3))
     zeros = ff.Batch(torch.zeros_like(s.batch.inputs), targets=s.batch.targets)
     estimator = diagonal(s)
     assert (estimator(s.params, s.buffers, zeros).values["w"] == 0).all()

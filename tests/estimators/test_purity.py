@@ -66,7 +66,8 @@ def test_inference_mode() -> None:
 
 def test_module_is_not_touched() -> None:
     """No hooks, no gradients, no new attributes, and its parameters need not be those passed in."""
-    module = cases.ALL["classifier_3c3d"].build().model.eval()
+    with cases.seeded(0):
+        module = cases.ALL["classifier_3c3d"].build().model.eval()
     before = copy.deepcopy(module.state_dict())
     names = {n: set(vars(m)) for n, m in module.named_modules()}
     model, params, buffers = ff.functional(module)
@@ -214,7 +215,8 @@ def test_half_precision_does_not_underflow() -> None:
 
 def test_autocast_does_not_leak_into_contractions() -> None:
     """Under autocast the model computes in bfloat16; sums over examples are done in float32."""
-    module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
+    with cases.seeded(0):
+        module = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 3))
     for number, param in enumerate(module.parameters()):
         param.data = 0.5 * cases.normal(*param.shape, seed=number, dtype=torch.float32)
     model, params, buffers = ff.functional(module)

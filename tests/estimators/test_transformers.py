@@ -81,9 +81,9 @@ def test_random_labels_average_to_exact(name: str, fisher: str) -> None:
 def test_no_parameter_takes_the_general_path(name: str) -> None:
     s = setup(name)
     report = ff.explain(ff.diagonal(s.model, s.likelihood, fisher="mc"))(*s.args)
-    assert set(report.parameters) == set(s.params)
-    general = {p for p, how in report.parameters.items() if how.route == "general"}
-    assert not general, str(report)
+    assert [row.path for row in report.rows] == list(s.params)
+    assert all(row.uses for row in report.rows)
+    assert not report.general, str(report)
 
 
 @pytest.mark.parametrize("make", [language.llama, language.gpt2])

@@ -19,7 +19,7 @@ import cases
 import fisherfn as ff
 import oracles
 from cases import Net, normal
-from cases.single import case, diagonal, right_or_refused, two, want, x
+from cases.single import case, diagonal, part, right_or_refused, two, want, x
 from fisherfn.testing import assert_close
 
 # ---- refusals ------------------------------------------------------------------------------------
@@ -124,7 +124,7 @@ def test_buffers_that_the_model_changes_are_noticed() -> None:
     class Counting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.a = nn.Linear(4, 3)
+            self.a = part(nn.Linear, 4, 3)
             self.register_buffer("seen", torch.zeros(()))
 
         def forward(self, x: Tensor) -> Tensor:
@@ -152,12 +152,35 @@ def test_inputs_that_the_model_changes_are_left_alone() -> None:
 
 
 def test_training_mode_switched_on_later_is_noticed() -> None:
-    module = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 3)).double().eval()
+    module = nn.Sequential(two()["a"], nn.Dropout(0.5), two()["b"]).double().eval()
     model, params, buffers = ff.functional(module)
     estimator = ff.diagonal(model, ff.likelihoods.categorical())
     estimator(params, buffers, ff.Batch(x()))
     module.train()
     with pytest.raises(ff.UnsupportedError, match=r"training mode"):
+        estimator(params, buffers, ff.Batch(x()))
+
+
+def test_functional_dropout_switched_on_later_is_noticed() -> None:
+    """A module of one's own that reads its training flag, long after the plan was made."""
+
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = two()["a"], two()["b"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(F.dropout(torch.tanh(self.a(x)), 0.5, training=self.training))
+
+    module = Noisy().double().eval()
+    model, params, buffers = ff.functional(module)
+    estimator = ff.diagonal(model, ff.likelihoods.categorical())
+    estimator(params, buffers, ff.Batch(x()))
+    module.train()
+    with (
+        torch.random.fork_rng(devices=[]),
+        pytest.raises(ff.FisherError, match=r"dropout|eval"),
+    ):
         estimator(params, buffers, ff.Batch(x()))
 
 
