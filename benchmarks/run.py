@@ -66,7 +66,10 @@ def measure(workload: Workload, asked: argparse.Namespace) -> list[Row]:
             row.status, row.message = "not offered", str(error)
         except Exception as error:
             row.status, row.message = "failed", f"{type(error).__name__}: {error}".split("\n")[0]
-    timings = interleaved({str(c): run for c, run in runs.items()}, workload.device, asked.repeats)
+    named = {str(case): run for case, run in runs.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # those of the library were seen in its check
+        timings = interleaved(named, workload.device, asked.repeats)
     for case in runs:
         found[case].timing = timings[str(case)]
         found[case].gradients = timings[str(case)].median / timings[str(GRADIENT)].median

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from fisherfn.capture.views import steps_of
+from fisherfn.capture.views import getter, steps_of
 from fisherfn.core.modes import version
 from fisherfn.layers import attention
 from fisherfn.layers.registry import Builder, Call, bind, rule_for
