@@ -49,7 +49,8 @@ class Checks:
         row.error = oracle.worst_error(values, self._oracle(case.quantity, labels))
         wanted = self._oracle(case.quantity, timed_labels)
         row.rounding = oracle.distance(prepared.values(result), wanted)
-        row.agrees = row.error <= MAX_ERROR and row.rounding <= MAX_ROUNDING
+        most = MAX_ERROR if self.workload.smooth else MAX_ROUNDING
+        row.agrees = row.error <= MAX_ERROR and row.rounding <= most
 
     def _oracle(self, quantity: str, labels: Tensor) -> Values:
         name, known = self._known

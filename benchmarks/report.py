@@ -20,7 +20,7 @@ from benchmarks.timing import Timing
 ROOT = Path(__file__).resolve().parent.parent
 MAX_ERROR = 1e-4
 MAX_Z = 5.0
-MAX_ROUNDING = 1e-2  # in float32 a ReLU or a maximum may take the other side for a few examples
+MAX_ROUNDING = 1e-2  # where float32 may take the other side of a ReLU for a few examples
 SCHEMA = 1
 
 
@@ -115,7 +115,7 @@ def table(problem: str, sizes: dict[str, int], device: torch.device, rows: Seque
         title += f"\nunit: one eager gradient, {1e3 * unit.timing.median:.2f} ms"
     if unit.memory is not None:
         title += f", {unit.memory / 2**20:.1f} MiB"
-    head = ("quantity", "by", "time", "memory", "error", "agrees", "first call")
+    head = ("quantity", "by", "time", "memory", "error", "in float32", "agrees", "first call")
     lines = [head, *(_cells(row) for row in rows if row.status != "not offered")]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     body = ["  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) for line in lines]
@@ -134,13 +134,14 @@ def _notes(rows: Sequence[Row]) -> list[str]:
 def _cells(row: Row) -> tuple[str, ...]:
     by = f"{row.source} (compiled)" if row.compiled else row.source
     if row.status != "ok":
-        return row.quantity, by, row.status, "", "", "", ""
+        return row.quantity, by, row.status, "", "", "", "", ""
     return (
         row.quantity,
         by,
         _number(row.gradients, "{:.2f}"),
         _number(row.memory_gradients, "{:.2f}"),
         _number(row.error, "{:.1e}"),
+        _number(row.rounding, "{:.1e}"),
         {None: "", True: "yes", False: "NO"}[row.agrees],
         _number(row.first_call, "{:.2f} s"),
     )

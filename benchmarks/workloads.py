@@ -25,6 +25,8 @@ class Workload:
         batch: Inputs and targets; `mask` for language models.
         classes: C, the size of the last axis of the outputs.
         sizes: What a reader needs to judge the numbers.
+        smooth: Whether the gradient is continuous. If it is not, a float32 result may differ from
+            a float64 one by more than rounding: a ReLU or a maximum takes the other side.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Workload:
     batch: ff.Batch
     classes: int
     sizes: dict[str, int]
+    smooth: bool
 
     @property
     def device(self) -> torch.device:
@@ -135,7 +138,9 @@ def _workload(name: str, device: str, module: nn.Module, batch: ff.Batch, classe
         "parameters": sum(p.numel() for p in module.parameters()),
         "tensors": len(list(module.parameters())),
     }
-    return Workload(name, module.to(place).eval(), batch, classes, sizes)
+    kinks = (nn.ReLU, nn.MaxPool2d)
+    smooth = not any(isinstance(m, kinks) for m in module.modules())
+    return Workload(name, module.to(place).eval(), batch, classes, sizes, smooth)
 
 
 BUILDERS: dict[str, Callable[[str, str], Workload]] = {

@@ -376,8 +376,8 @@ def _device(device: torch.device | str) -> torch.device:
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise OptionError(
-            f"io.load: expected a device, got {device!r}: {error}. Use 'cpu', or a device that "
-            "torch can see."
+            f"io.load: expected a device, got {device!r}: {str(error).splitlines()[0]} Use 'cpu', "
+            "or a device that torch can see."
         ) from error
     return place
 

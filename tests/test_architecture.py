@@ -253,14 +253,14 @@ def test_every_public_name_is_documented() -> None:
 def test_import_is_light() -> None:
     script = (
         "import json, sys, time, torch\n"
-        "start = time.perf_counter()\n"
+        "start = time.process_time()\n"  # unlike the clock, the same on a busy machine
         "import fisherfn\n"
-        "seconds = time.perf_counter() - start\n"
+        "seconds = time.process_time() - start\n"
         f"loaded = [name for name in {HEAVY!r} if name in sys.modules]\n"
         "print(json.dumps([seconds, loaded]))\n"
     )
     best = float("inf")
-    for _ in range(5):  # the machine may be busy: what counts is the best of five
+    for _ in range(5):  # caches may be cold: what counts is the best of five
         done = subprocess.run(
             [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True
         )

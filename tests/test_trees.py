@@ -208,7 +208,6 @@ def test_reductions_of_mixed_dtypes_and_of_nothing() -> None:
     assert_same(tree.dot(mixed, mixed), torch.tensor(5.0, dtype=torch.float64))
     assert_same(tree.norm([]), torch.tensor(0.0))
     assert_same(tree.dot({}, {}), torch.tensor(0.0))
-    assert tree.size(None) == 0
 
 
 def test_norm_has_a_gradient_at_zero() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import NoReturn
 from fisherfn.app.errors import OutputError
 
 MANIFEST = "manifest.json"
+LEFT_OVER = 3600.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Cache:
         root = self.directory.parent
         try:
             root.mkdir(parents=True, exist_ok=True)
+            self._sweep()
             temporary = Path(tempfile.mkdtemp(dir=root, prefix=f".{self.directory.name}-"))
         except OSError as error:
             _cannot_write(root, error)
@@ -58,6 +61,12 @@ class Cache:
             _cannot_write(root, error)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+    def _sweep(self) -> None:
+        """Remove what killed processes left: hundreds of megabytes, older than any conversion."""
+        for path in self.directory.parent.glob(f".{self.directory.name}-*"):
+            if time.time() - path.stat().st_mtime > LEFT_OVER:
+                shutil.rmtree(path, ignore_errors=True)
 
     def _install(self, made: Path, old: Path) -> None:
         """Move `made` into place; another process that was faster wins if its copy is sound."""

@@ -6,9 +6,11 @@ accepted and not shown. Of these, `--output_path FILE` puts a copy of `fisher.cs
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Annotated
 
@@ -32,10 +34,17 @@ ALIASES = {
 }
 
 
+NAMES = {field.name.replace("_", "-") for field in fields(FimOptions)}
+HIDDEN = {"output-path", "use-fp16", "save-fisher-dict"}
+
+
 def normalize(name: str) -> str:
-    """Return the public spelling of an option: hyphens for underscores, and no old names."""
+    """Return the public spelling of an option: hyphens for underscores, and no old names.
+
+    Typer also asks it about values; these stay as they are.
+    """
     hyphened = name.replace("_", "-")
-    return ALIASES.get(hyphened, hyphened)
+    return ALIASES.get(hyphened, hyphened if hyphened in NAMES | HIDDEN else name)
 
 
 app = typer.Typer(
@@ -155,5 +164,8 @@ def fim(
     if verbose:
         logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
         logging.getLogger("fisherfn").setLevel(logging.DEBUG)
+    for stream in (sys.stdout, sys.stderr):  # a terminal without bars must not spoil a finished run
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     out, err = Console(), Console(stderr=True)
     raise typer.Exit(compute(options, context.obj, out, err))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -12,15 +13,14 @@ from fisherfn.app.data import read_texts
 from fisherfn.app.job import Job
 from fisherfn.app.options import DTYPES, FimOptions, resolve_device
 from fisherfn.app.output import check_space, output_directory
+from fisherfn.app.progress import note
 from fisherfn.app.publish import check_csv, publish, show
 from fisherfn.app.run import Run
 from fisherfn.app.signals import Stopped, stoppable
 from fisherfn.app.sources import Source, check_exact, open_source
 from fisherfn.app.tokens import Samples, check_tokens, tokenize
 from fisherfn.app.weights import check_causality, load_weights
-
-#: Columns that an exact Fisher of one sample may take.
-EXACT_BUDGET = 20_000
+from fisherfn.estimators.observe import EXACT_BUDGET
 
 
 def fim(options: FimOptions, command: Sequence[str], out: Console, err: Console) -> int:
@@ -46,6 +46,8 @@ def fim(options: FimOptions, command: Sequence[str], out: Console, err: Console)
     if options.csv is not None:
         check_csv(options.csv)
     with stoppable(), output_directory(options.output) as directory:
+        if options.model is not None and not Path(options.model).expanduser().exists():
+            note(err, f"{options.model} is no directory here; asking the model hub for it.")
         with clock.phase("reading model and texts"):
             source = open_source(options.model)
         if source.conversion_seconds:
@@ -100,4 +102,4 @@ def note_samples(err: Console, samples: Samples, options: FimOptions) -> None:
     )
     for applies, text in notes:
         if applies:
-            err.print(f"fim: {text}.", highlight=False, markup=False, soft_wrap=True)
+            note(err, f"{text}.")

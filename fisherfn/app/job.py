@@ -1,4 +1,4 @@
-"""The numbers of `fisherfn fim`: a Fisher diagonal, one batch after the other.
+"""The numbers of `fisherfn fim`: what is estimated, and on which batches.
 
 Every sample has its place in the data as id and all batches share one key, so a label drawn from
 the model depends on neither batching nor on where a run was interrupted.
@@ -6,25 +6,26 @@ the model depends on neither batching nor on where a run was interrupted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fisherfn as ff
-from fisherfn.app.errors import OutOfMemoryError, is_out_of_memory
+from fisherfn.app.errors import OutOfMemoryError
 from fisherfn.app.options import FimOptions
 from fisherfn.app.tokens import Samples, batch_tensors
-from fisherfn.core.errors import DataError
-from fisherfn.curvature import Diagonal
+
+PLAN_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class Job:
-    """All that a batch needs: the estimator, what it is applied to, and the samples."""
+    """An estimator, what it is applied to, and the samples in batches."""
 
+    model: Any
     estimator: Any
     params: dict[str, Tensor]
     buffers: dict[str, Tensor]
@@ -53,102 +54,76 @@ class Job:
             unit=options.unit,
         )
         key = ff.random.key(options.seed, device=device)
-        return cls(estimator, params, buffers, key, samples, options, pad, device)
+        return cls(model, estimator, params, buffers, key, samples, options, pad, device)
 
     @property
     def batches(self) -> int:
         """Number of batches."""
         return -(-len(self.samples.tokens) // self.options.batch_size)
 
-    def span(self, index: int) -> tuple[int, int]:
-        """Return the first sample of a batch and the one after its last."""
-        start = index * self.options.batch_size
-        return start, min(start + self.options.batch_size, len(self.samples.tokens))
-
-    def work(self, index: int) -> tuple[int, int]:
+    def size(self, index: int) -> tuple[int, int]:
         """Return the samples and the predicted tokens of a batch."""
-        chosen = self.samples.tokens[slice(*self.span(index))]
+        chosen = self.samples.tokens[slice(*self._span(index))]
         return len(chosen), sum(len(sample) - 1 for sample in chosen)
 
-    def compute(self, index: int) -> Diagonal:
-        """Return the Fisher diagonal of one batch.
+    def batch(self, index: int) -> ff.Batch:
+        """Return the batch of that number."""
+        tensors = batch_tensors(self.samples, *self._span(index), self.pad, self.device)
+        tokens, mask, ids = tensors
+        return ff.causal_batch(tokens, mask, ids=ids)
+
+    def batches_from(self, index: int) -> Iterator[ff.Batch]:
+        """Make the batches from that number on, one at a time."""
+        return (self.batch(number) for number in range(index, self.batches))
+
+    def prepare(self) -> None:
+        """Let the library find out, and check, how the model uses its parameters.
+
+        It does so once, in the first call, and what it finds does not depend on sizes: a few tokens
+        do, at a fraction of the price of a batch.
+        """
+        tokens, mask, _ = batch_tensors(self.samples, 0, 2, self.pad, self.device)
+        batch = ff.causal_batch(tokens[:, :PLAN_TOKENS], mask[:, :PLAN_TOKENS])
+        ff.score_norms(self.model, ff.likelihoods.categorical())(self.params, self.buffers, batch)
+
+    def estimate(self, params: Any, buffers: Any, batch: ff.Batch, *, key: Any) -> ff.Diagonal:
+        """Return the Fisher diagonal of a batch.
 
         Raises:
-            OutOfMemoryError: Naming the options to lower.
-            DataError: The result is not finite.
+            DataError: It is not finite.
         """
-        start, stop = self.span(index)
-        try:
-            tokens, mask, ids = batch_tensors(self.samples, start, stop, self.pad, self.device)
-            batch = replace(ff.causal_batch(tokens, mask), ids=ids)
-            result = self.estimator(self.params, self.buffers, batch, key=self.key)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise self._out_of_memory(index) from error
-        self._check_finite(result.values, index)
+        result: ff.Diagonal = self.estimator(params, buffers, batch, key=key)
+        sums = torch.stack([value.sum(dtype=torch.float64) for value in result.values.values()])
+        bad = torch.nonzero(~torch.isfinite(sums)).flatten().tolist()
+        if bad:
+            cure = (
+                "Use --dtype float32 or bfloat16."
+                if self.options.dtype == "float16"
+                else "The model's outputs or weights are not finite on these samples."
+            )
+            raise ff.DataError(
+                f"the Fisher is not finite at {list(result.values)[bad[0]]} and {len(bad) - 1} "
+                f"more of {len(sums)} tensors, on the samples {_listed(batch.ids)}. {cure}"
+            )
         return result
 
-    def add(self, total: Diagonal | None, new: Diagonal, index: int) -> Diagonal:
-        """Return the diagonal of all samples so far."""
-        try:
-            return new if total is None else ff.merge(total, new)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            raise self._out_of_memory(index) from error
-
-    def _out_of_memory(self, index: int) -> OutOfMemoryError:
-        options, samples = self.options, self.samples.tokens[slice(*self.span(index))]
+    def out_of_memory(self, index: int) -> OutOfMemoryError:
+        """Return the error to raise when a batch does not fit."""
+        options, samples = self.options, self.samples.tokens[slice(*self._span(index))]
         narrower = ", or use --dtype bfloat16" if options.dtype == "float32" else ""
         return OutOfMemoryError(
             f"out of memory on {self.device} in batch {index + 1} of {self.batches} "
             f"({len(samples)} samples of up to {max(map(len, samples))} tokens). Lower "
-            f"--batch-size (now {options.batch_size}) or --max-length (now "
-            f"{options.max_length}){narrower}."
+            f"--batch-size (now {options.batch_size}) or --max-length (now {options.max_length})"
+            f"{narrower}."
         )
 
-    def _check_finite(self, values: Mapping[str, Tensor], index: int) -> None:
-        sums = torch.stack([value.sum(dtype=torch.float64) for value in values.values()])
-        bad = torch.nonzero(~torch.isfinite(sums)).flatten().tolist()
-        if not bad:
-            return
-        name = list(values)[bad[0]]
-        cure = (
-            "Use --dtype float32 or bfloat16."
-            if self.options.dtype == "float16"
-            else ("The model's outputs or weights are not finite on these samples.")
-        )
-        raise DataError(
-            f"the Fisher is not finite in batch {index + 1} of {self.batches}, at {name} and "
-            f"{len(bad) - 1} more of {len(values)} tensors. {cure}"
-        )
+    def _span(self, index: int) -> tuple[int, int]:
+        """Return the first sample of a batch and the one after its last."""
+        start = index * self.options.batch_size
+        return start, min(start + self.options.batch_size, len(self.samples.tokens))
 
 
-def to_tensors(total: Diagonal) -> dict[str, Tensor]:
-    """Return a diagonal as flat named tensors, for a checkpoint."""
-    tensors = {f"values/{name}": value for name, value in total.values.items()}
-    if total.stderr is not None:
-        tensors |= {f"stderr/{name}": value for name, value in total.stderr.items()}
-    return tensors | {"count": total.count}
-
-
-def from_tensors(
-    tensors: Mapping[str, Tensor], options: FimOptions, device: torch.device
-) -> Diagonal:
-    """Undo `to_tensors`, to the bit."""
-
-    def part(prefix: str) -> dict[str, Tensor]:
-        return {
-            name.removeprefix(prefix): value.to(device)
-            for name, value in tensors.items()
-            if name.startswith(prefix)
-        }
-
-    return Diagonal(
-        part("values/"),
-        tensors["count"].to(device),
-        part("stderr/") or None,
-        fisher=options.fisher,
-        unit=options.unit,
-    )
+def _listed(ids: Tensor | None) -> str:
+    """Return the samples' places in the data, counted from 1."""
+    return "" if ids is None else ", ".join(str(number + 1) for number in ids.tolist())

@@ -23,6 +23,11 @@ class Ticker(Protocol):
         ...
 
 
+def note(console: Console, text: str) -> None:
+    """Print a line about the run."""
+    console.print(f"fim: {text}", highlight=False, markup=False, soft_wrap=True)
+
+
 class _Rate(TextColumn):
     """Samples and tokens a second, over this process's share of the run."""
 
@@ -90,9 +95,8 @@ class _Lines:
         elapsed = max(now - self.start, 1e-9)
         rate = (self.done - self.before) / elapsed
         left = (self.total - self.done) / rate
-        self.console.print(
-            f"fim: {self.done}/{self.total} samples, {rate:.2f} samples/s, "
+        note(
+            self.console,
+            f"{self.done}/{self.total} samples, {rate:.2f} samples/s, "
             f"{self.tokens / elapsed:.0f} tokens/s, {left:.0f} s left",
-            highlight=False,
-            soft_wrap=True,
         )

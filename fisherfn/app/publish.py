@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+import fisherfn as ff
 from fisherfn.app import checkpoint
 from fisherfn.app.clock import Clock
 from fisherfn.app.errors import OutputError
@@ -22,13 +23,12 @@ from fisherfn.app.sources import Source
 from fisherfn.app.tables import print_report
 from fisherfn.app.versions import versions
 from fisherfn.app.weights import tied_names
-from fisherfn.curvature import Diagonal
 
 LIBRARY = "source of Python's standard library"
 
 
 def publish(
-    run: Run, total: Diagonal, source: Source, module: nn.Module, clock: Clock
+    run: Run, total: ff.Diagonal, source: Source, module: nn.Module, clock: Clock
 ) -> tuple[Report, dict[str, Any]]:
     """Write the results in one go and remove the checkpoint.
 
@@ -45,7 +45,8 @@ def publish(
     stale = [other for other in DIAGONAL.values() if other != name]
     with staged(run.directory, stale) as staging:
         with clock.phase("aggregating and writing"):
-            values = {name: value.cpu() for name, value in total.values.items()}
+            # Contiguous, since sums depend on the strides and a resumed run has lost them.
+            values = {name: value.cpu().contiguous() for name, value in total.values.items()}
             report = Report.of(values, options.granularity)
             header = {key: str(about[key]) for key in ("model", "fisher", "unit", "count", "seed")}
             write_diagonal(staging / name, values, options.format, header)
@@ -69,7 +70,7 @@ def show(run: Run, report: Report, about: Mapping[str, Any], out: Console) -> No
     out.print(f"written to {run.directory}", highlight=False, markup=False, soft_wrap=True)
 
 
-def describe(run: Run, total: Diagonal, source: Source, module: nn.Module) -> dict[str, Any]:
+def describe(run: Run, total: ff.Diagonal, source: Source, module: nn.Module) -> dict[str, Any]:
     """Return what `summary.json` says about the run besides values and times."""
     job, options = run.job, run.job.options
     return {

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 
+import fisherfn as ff
 from fisherfn.app import checkpoint
 from fisherfn.app.clock import Clock, peak_memory
-from fisherfn.app.errors import OutputError
-from fisherfn.app.job import Job, from_tensors, to_tensors
+from fisherfn.app.errors import is_out_of_memory
+from fisherfn.app.job import Job
 from fisherfn.app.output import sweep
-from fisherfn.app.progress import progress
+from fisherfn.app.progress import note, progress
 from fisherfn.app.signals import Stopped
 from fisherfn.app.versions import version
 from fisherfn.app.weights import fingerprint
-from fisherfn.curvature import Diagonal
 
 
 class Run:
@@ -36,29 +36,29 @@ class Run:
             err: For notes and progress.
 
         Raises:
-            OptionError: The checkpoint to resume is that of another setup.
-            OutputError: It is broken.
+            DataError: The checkpoint to resume is broken.
+            OptionError: It is that of another setup.
         """
         self.job, self.directory, self.command, self.err = job, directory, command, err
         self.setup = setup_of(job)
-        self.state: tuple[Diagonal | None, int] = (None, 0)
+        self.state: Any = None
         self.seconds_before = 0.0
         self.peak_before = 0
         self.begun = time.perf_counter()
         sweep(directory)
+        checkpoint.sweep(directory)
         if job.options.resume:
             self._resume()
-        elif (record := checkpoint.peek(directory)) is not None:
+        elif checkpoint.exists(directory):
             self.note(
-                f"{directory / checkpoint.FILE} holds {record.done} of {record.batches} batches of "
-                "an unfinished run, which this one replaces. To go on with it instead, press "
-                "Ctrl-C now and add --resume."
+                f"{directory / checkpoint.FILE} holds an unfinished run, which this one replaces. "
+                "To go on with it instead, press Ctrl-C now and add --resume."
             )
 
     @property
     def done(self) -> int:
         """Batches finished, here or earlier."""
-        return self.state[1]
+        return 0 if self.state is None else int(self.state.batches)
 
     @property
     def seconds(self) -> float:
@@ -70,7 +70,7 @@ class Run:
         """Bytes held at most, here or earlier."""
         return max(self.peak_before, peak_memory(self.job.device))
 
-    def finish(self, clock: Clock) -> Diagonal:
+    def finish(self, clock: Clock) -> ff.Diagonal:
         """Go through the batches that are left.
 
         Args:
@@ -80,30 +80,41 @@ class Run:
             The diagonal of all samples.
 
         Raises:
+            OutOfMemoryError: Naming the options to lower.
             Stopped: A signal came. The finished batches are in `state`; see `stop`.
         """
-        job = self.job
-        before = sum(job.work(index)[0] for index in range(self.done))
-        with progress(self.err, len(job.samples.tokens), before) as tick:
-            self.begun = saved = time.perf_counter()
-            longest = 0.0
-            for index in range(self.done, job.batches):
-                start = time.perf_counter()
-                with clock.phase("batches"):
-                    total = job.add(self.state[0], job.compute(index), index)
-                    self.state = (total, index + 1)  # one assignment: no signal comes in between
-                tick(*job.work(index))
-                now = time.perf_counter()
-                longest = max(longest, now - start)
-                # A kill costs what was done since the last save and the batch it falls into.
-                if self.done < job.batches and now - saved + longest > job.options.save_every:
+        job, first = self.job, self.done
+        samples = [job.size(index)[0] for index in range(job.batches)]
+        if first == job.batches:
+            clock.add("batches", self.seconds_before)
+            return self.state.result
+        with clock.phase("checking the plan"):
+            self._guarded(job.prepare)
+        self.begun = time.perf_counter()
+        with progress(self.err, sum(samples), sum(samples[:first])) as tick:
+            pace = _Pace(job.options.save_every)
+
+            def finished(state: Any) -> None:
+                self.state = state
+                tick(*job.size(self.done - 1))
+                if pace.is_due() and self.done < job.batches:
                     with clock.phase("checkpoints"):
                         self._save_if_possible()
-                    saved = time.perf_counter()
-        clock.add("batches", self.seconds_before)
-        total = self.state[0]
-        assert total is not None, "a run has at least one batch"
-        return total
+                    pace.saved()
+
+            self._guarded(
+                lambda: ff.states.accumulate(
+                    job.estimate,
+                    job.params,
+                    job.buffers,
+                    job.batches_from(first),
+                    state=self.state,
+                    key=job.key,
+                    on_update=finished,
+                )
+            )
+        clock.add("batches", self.seconds - clock.seconds.get("checkpoints", 0.0))
+        return self.state.result
 
     def stop(self, stop: Stopped) -> int:
         """Keep what is finished and say how to go on.
@@ -112,7 +123,7 @@ class Run:
             The exit code.
 
         Raises:
-            OutputError: It cannot be kept.
+            FisherError: It cannot be kept.
         """
         if self.done == 0:
             self.note("stopped before the first batch was finished; nothing was written.")
@@ -127,32 +138,60 @@ class Run:
 
     def note(self, text: str) -> None:
         """Print a line about the run."""
-        self.err.print(f"fim: {text}", highlight=False, markup=False, soft_wrap=True)
+        note(self.err, text)
+
+    def _guarded(self, work: Callable[[], Any]) -> None:
+        """Do some work, and say what to lower if memory runs out."""
+        try:
+            work()
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            raise self.job.out_of_memory(self.done) from error
 
     def _resume(self) -> None:
-        loaded = checkpoint.load(self.directory)
-        if loaded is None:
+        if not checkpoint.exists(self.directory):
             self.note(f"no unfinished run in {self.directory}: beginning with the first batch.")
             return
-        tensors, record = loaded
-        checkpoint.check_same(self.directory, record.setup, self.setup)
-        self.state = (from_tensors(tensors, self.job.options, self.job.device), record.done)
-        self.seconds_before, self.peak_before = record.seconds, record.peak_memory
-        self.note(f"resuming after {record.done} of {record.batches} batches.")
+        before = checkpoint.load(self.directory, self.job.device)
+        checkpoint.check_same(self.directory, before.setup, self.setup)
+        self.state = before.state
+        self.seconds_before, self.peak_before = before.seconds, before.peak_memory
+        self.note(f"resuming after {self.done} of {self.job.batches} batches.")
 
     def _save(self) -> None:
-        total, done = self.state
-        if total is None:
-            return
-        record = checkpoint.Record(self.setup, done, self.job.batches, self.seconds, self.peak)
-        checkpoint.save(self.directory, to_tensors(total), record)
+        now = checkpoint.FimCheckpoint(self.setup, self.state, self.seconds, self.peak)
+        checkpoint.save(self.directory, now)
 
     def _save_if_possible(self) -> None:
         """Save; a disk that is full for now must not end hours of work."""
         try:
             self._save()
-        except OutputError as error:
-            self.note(f"progress could not be saved ({error}) Going on without.")
+        except ff.FisherError as error:
+            self.note(f"progress could not be saved, going on without: {error}")
+
+
+class _Pace:
+    """When to save, so that a kill costs no more than so many seconds of work.
+
+    It costs what was done since the last save, and the batch that it falls into.
+    """
+
+    def __init__(self, save_every: float) -> None:
+        self.save_every = save_every
+        self.longest = 0.0
+        self.last_save = self.last_batch = time.perf_counter()
+
+    def is_due(self) -> bool:
+        """Return True iff the next batch could end too late. Call it once after each batch."""
+        now = time.perf_counter()
+        self.longest = max(self.longest, now - self.last_batch)
+        self.last_batch = now
+        return now - self.last_save + self.longest > self.save_every
+
+    def saved(self) -> None:
+        """Begin anew: all that was done is safe."""
+        self.last_save = self.last_batch = time.perf_counter()
 
 
 def setup_of(job: Job) -> dict[str, Any]:

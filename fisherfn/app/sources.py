@@ -80,10 +80,10 @@ def open_source(model: str | None) -> Source:
     else:
         name, where, seconds = model, locate(model), 0.0
     with _translated("config", name, where):
-        config = transformers.AutoConfig.from_pretrained(where)
+        config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False)
     check_causal(config, name)
     with _translated("tokenizer", name, where):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, trust_remote_code=False)
     return Source(name, where, config, tokenizer, seconds)
 
 
@@ -153,12 +153,14 @@ def import_transformers() -> Any:
         import gguf
         import safetensors
         import transformers
+        from huggingface_hub.utils import logging as hub_logging
     except ModuleNotFoundError as error:
         raise UnsupportedError(
             f"language models need {error.name}, which is not installed. "
             "Install it with: pip install 'fisherfn[lm]'"
         ) from error
     del gguf, safetensors
+    hub_logging.set_verbosity_error()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     return transformers
@@ -190,17 +192,17 @@ def first_line(error: BaseException) -> str:
 
 
 def check_exact(longest: int, vocabulary: int, budget: int) -> None:
-    """Refuse an exact Fisher that would never end.
+    """Refuse an exact Fisher that the library would refuse later, when the weights are loaded.
 
-    It takes a column for each class but one, at each position that predicts.
+    It takes a column for each class but one, at each position.
 
     Raises:
         OptionError: With the count, naming the kinds to take instead.
     """
-    columns = (longest - 1) * (vocabulary - 1)
+    columns = longest * (vocabulary - 1)
     if columns > budget:
         raise OptionError(
-            f"--fisher: exact takes {columns} columns ({longest - 1} positions x {vocabulary - 1} "
-            f"classes) for the longest sample, more than {budget}. Take mc or curvature_prop, "
+            f"--fisher: exact takes {columns} columns ({longest} positions x {vocabulary} classes "
+            f"but one) for the longest sample, more than {budget}. Take mc or curvature_prop, "
             "which estimate the same matrix without bias, or lower --max-length."
         )

@@ -25,7 +25,7 @@ def load_weights(source: Source, dtype: torch.dtype, device: torch.device) -> nn
     try:
         with torch.random.fork_rng(devices=[]):  # missing weights are drawn, then refused
             module, info = transformers.AutoModelForCausalLM.from_pretrained(
-                source.where, dtype=dtype, output_loading_info=True
+                source.where, dtype=dtype, output_loading_info=True, trust_remote_code=False
             )
         missing = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
         if missing:

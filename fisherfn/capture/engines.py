@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -144,6 +145,29 @@ class FunctionalRun(Run):
             receive(index, g)
 
 
+class _Mailbox:
+    """Where the hooks of a graph deliver, while somebody is waiting."""
+
+    def __init__(self) -> None:
+        self._receive: Receiver | None = None
+        self._seen: set[int] = set()
+
+    def deliver(self, index: int, g: Tensor) -> None:
+        """Hand a cotangent to whoever is waiting."""
+        if self._receive is not None:
+            self._seen.add(index)
+            self._receive(index, g.unsqueeze(0))
+
+    @contextmanager
+    def opened(self, receive: Receiver) -> Iterator[set[int]]:
+        """Deliver to `receive` within the context; give the set of taps that have delivered."""
+        self._receive, self._seen = receive, set()
+        try:
+            yield self._seen
+        finally:
+            self._receive = None
+
+
 class EagerRun(Run):
     """Cotangents are read from autograd's graph as the backward passes the taps."""
 
@@ -154,8 +178,9 @@ class EagerRun(Run):
         self._edges: list[Any] = []
         self._roots: list[Tensor] = []
         self._shapes: list[tuple[torch.Size, torch.dtype, torch.device]] = []
-        self._receive: Receiver | None = None
-        self._seen: set[int] = set()
+        # hooks belong to the graph, and so must not lead back to whoever holds the graph: such a
+        # cycle passes through C++, where the garbage collector cannot see it
+        mailbox = self._mailbox = _Mailbox()
 
         def tap(index: int, tap: Tap, out: Tensor) -> Tensor:
             out = spread(out, tap, batch)
@@ -166,7 +191,7 @@ class EagerRun(Run):
             # the edge stays right when the output is written to later
             self._edges.append(get_gradient_edge(out))
             self._shapes.append((out.shape, out.dtype, out.device))
-            out.register_hook(lambda g, index=index: self._deliver(index, g))
+            out.register_hook(lambda g: mailbox.deliver(index, g))
             return out
 
         tape = Tape(plan, tap, plain=False)
@@ -177,11 +202,6 @@ class EagerRun(Run):
         self._live = outputs
         self.outputs = _detached(outputs)
         self.kept = [tuple(t.detach() for t in group) for group in tape.kept]
-
-    def _deliver(self, index: int, g: Tensor) -> None:
-        if self._receive is not None:
-            self._seen.add(index)
-            self._receive(index, g.unsqueeze(0))
 
     def output_bytes(self, index: int) -> int:
         """Return the size of the output of a tap."""
@@ -196,7 +216,7 @@ class EagerRun(Run):
             if out.requires_grad
         ]
         if not pairs:
-            self._missing(receive, cotangents, set())
+            self._missing(receive, set())
             return
         outputs, many = [out for out, _ in pairs], [c for _, c in pairs]
         columns = many[0].shape[0]
@@ -204,20 +224,17 @@ class EagerRun(Run):
             found = self._batched(outputs, many, last)
             if found is not None:
                 arrived = {i for i, g in enumerate(found) if g is not None}
-                self._missing(receive, cotangents, arrived)
+                self._missing(receive, arrived)
                 for index in range(len(found)):
                     g, found[index] = found[index], None
                     if g is not None:
                         receive(index, g)
                 return
         for k in range(columns):
-            self._receive, self._seen = receive, set()
             keep = not last or k < columns - 1
-            try:
+            with self._mailbox.opened(receive) as seen:
                 self._backward(outputs, [c[k] for c in many], keep)
-            finally:
-                self._receive = None
-            self._missing(receive, cotangents, self._seen)
+            self._missing(receive, seen)
 
     def _backward(self, outputs: list[Tensor], cotangents: list[Tensor], keep: bool) -> None:
         try:
@@ -249,7 +266,7 @@ class EagerRun(Run):
             except (RuntimeError, UserWarning):
                 return None
 
-    def _missing(self, receive: Receiver, cotangents: Any, arrived: set[int]) -> None:
+    def _missing(self, receive: Receiver, arrived: set[int]) -> None:
         """Deliver zeros for taps that the outputs do not depend on."""
         for index, (shape, dtype, device) in enumerate(self._shapes):
             if index not in arrived:

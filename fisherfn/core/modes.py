@@ -11,7 +11,14 @@ from typing import Any
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
+from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
+
+
+def compiling() -> bool:
+    """Return True while `torch.compile` traces, in Dynamo or in AOTAutograd."""
+    # before torch 2.12 the first says no in AOTAutograd's own traces
+    return torch.compiler.is_compiling() or TracingContext.try_get() is not None
 
 
 def in_functorch() -> bool:
@@ -26,7 +33,7 @@ def version(t: torch.Tensor) -> int:
 
 def transformed() -> bool:
     """Return True inside `torch.compile` or any `torch.func` transformation."""
-    return torch.compiler.is_compiling() or in_functorch()
+    return compiling() or in_functorch()
 
 
 def concrete(*values: Any) -> bool:

@@ -119,7 +119,7 @@ def split(key: Tensor, num: int = 2) -> Tensor:
 
 
 def _fold(caller: str, key: Tensor, data: Any) -> Tensor:
-    """Return the child keys: the two words of a counter, one with the key's halves exchanged."""
+    """Return the child keys: two words of one counter, the second with the halves exchanged."""
     gamma = key.flip(-1) | 1
     if isinstance(data, Tensor):
         if data.is_floating_point() or data.is_complex() or data.dtype == torch.bool:
@@ -133,8 +133,7 @@ def _fold(caller: str, key: Tensor, data: Any) -> Tensor:
         number = data if isinstance(data, int) else operator.index(data)
     except TypeError:
         raise OptionError(
-            f"{caller}: expected an integer, got {data!r} of type {type(data).__name__}. "
-            "Pass an int or an integer tensor."
+            f"{caller}: expected an integer, got {data!r} of type {type(data).__name__}. Pass one."
         ) from None
     if not -(2**63) <= number < 2**64:
         raise OptionError(

@@ -213,7 +213,7 @@ def _entries(tree: Any) -> tuple[Any, tuple[Any, ...], list[Any]] | None:
         kind = "OrderedDict" if isinstance(tree, OrderedDict) else "dict"
         return kind, tuple(tree.keys()), list(tree.values())
     if _is_namedtuple(tree):
-        return type(tree), tuple(tree._fields), list(tree)
+        return type(tree), tuple(range(len(tree))), list(tree)
     if isinstance(tree, list):
         return "list", tuple(range(len(tree))), list(tree)
     if isinstance(tree, tuple):

@@ -10,16 +10,17 @@ A transposed convolution is the adjoint: the patches are those of the cotangent.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fisherfn.layers.elementwise import Alignment, ShiftBuilder
 from fisherfn.layers.form import Form
-from fisherfn.layers.numerics import wide
+from fisherfn.layers.numerics import accumulate, blocks, wide
 from fisherfn.layers.outer import Outer
 from fisherfn.layers.registry import Call, Match, Role, register_rule
 from fisherfn.layers.views import Permute, Reshape, View
@@ -47,7 +48,7 @@ class Geometry:
             # the last windows may reach beyond what is needed
             x = x.narrow(2 + d, 0, (places[d] - 1) * self.stride[d] + extents[d])
         n, c = x.shape[:2]
-        if nd == 2:
+        if nd == 2 and x.device.type == "cpu":  # one launch an example elsewhere
             columns = F.unfold(x, self.kernel, self.dilation, 0, self.stride)
             return columns.reshape(n, self.groups, -1, columns.shape[-1]).transpose(-1, -2)
         for d in range(nd):
@@ -72,6 +73,111 @@ def _examples(t: Tensor, m: int) -> Tensor:
 
 
 @dataclass(frozen=True)
+class Unfolded(Form):
+    """Scores of a convolution; patches are made for a block of examples at a time.
+
+    `x` is `[B, M, C, *space]`, `g` `[K, B, M, O, *space]`. A transposed convolution swaps their parts.
+    """
+
+    x: Tensor
+    g: Tensor
+    geometry: Geometry
+    transposed: bool
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """`(groups, O/groups, C/groups * window)`, or inputs last if transposed."""
+        groups, window = self.geometry.groups, math.prod(self.geometry.kernel)
+        c, o = self.x.shape[2] // groups, self.g.shape[3] // groups
+        return (groups, o * window, c) if self.transposed else (groups, o, c * window)
+
+    @property
+    def columns(self) -> int:
+        """K."""
+        return self.g.shape[0]
+
+    @property
+    def batch(self) -> int:
+        """B."""
+        return self.g.shape[1]
+
+    def outer(self) -> Outer:
+        """Return the outer form, with all patches."""
+        (k, b, m), geometry = self.g.shape[:3], self.geometry
+        x = self.x.reshape(b * m, *self.x.shape[2:])
+        g = self.g.reshape(k * b * m, *self.g.shape[3:])
+        if self.transposed:
+            a, rows = _rows(x, geometry.groups), geometry.patches(g, x.shape[2:])
+        else:
+            a, rows = geometry.patches(x, g.shape[2:]), _rows(g, geometry.groups)
+        rows = _examples(rows, m)
+        return Outer(_examples(a, m), rows.reshape(k, b, *rows.shape[1:]))
+
+    def _blocks(self) -> Iterator[Outer]:
+        window = math.prod(self.geometry.kernel)
+        unfolded = self.g if self.transposed else self.x
+        patches = unfolded.numel() // max(1, self.batch) * window * unfolded.element_size()
+        for start, stop in blocks(self.batch, max(patches, self.score_bytes), self.x):
+            yield self.part(start, stop).outer()
+
+    def scores(self) -> Tensor:
+        """Return the scores `[K, B, *shape]`."""
+        return self.outer().scores()
+
+    def square_sum(self, total: Tensor | None = None) -> Tensor:
+        """Return `total` plus the sum of squared scores."""
+        for block in self._blocks():
+            total = block.square_sum(total)
+        assert total is not None
+        return total
+
+    def sum(self) -> Tensor:
+        """Return the sum of the scores."""
+        total = None
+        for block in self._blocks():
+            total = accumulate(total, block.sum())
+        assert total is not None
+        return total
+
+    def norms(self) -> Tensor:
+        """Return squared norms `[K, B]`."""
+        return torch.cat([block.norms() for block in self._blocks()], dim=1)
+
+    def gram(self) -> Tensor:
+        """Return inner products `[B, B]`."""
+        return self.outer().gram()
+
+    def scaled(self, weight: Tensor) -> Unfolded:
+        """Return the scores times `weight`, `[B]`."""
+        shape = (1, -1, *[1] * (self.g.dim() - 2))
+        return replace(self, g=self.g * weight.to(self.g.dtype).reshape(shape))
+
+    def part(self, start: int, stop: int) -> Unfolded:
+        """Return the examples `start` to `stop`."""
+        return replace(self, x=self.x[start:stop], g=self.g[:, start:stop])
+
+    def joined(self, other: Form) -> Form | None:
+        """Return the form of both sets of positions, for another use of the same weight."""
+        return self.outer().joined(other.outer() if isinstance(other, Unfolded) else other)
+
+    def followed_by(self, others: Sequence[Form]) -> Unfolded:
+        """Return all examples together."""
+        same = [o for o in others if isinstance(o, Unfolded)]
+        x = torch.cat([self.x, *(o.x for o in same)])
+        return replace(self, x=x, g=torch.cat([self.g, *(o.g for o in same)], dim=1))
+
+    def sample(self) -> Tensor:
+        """Return `g`."""
+        return self.g
+
+    def multiplications(self) -> int:
+        """As many as those of the outer form."""
+        places = math.prod(self.x.shape[3:] if self.transposed else self.g.shape[4:])
+        each = math.prod(self.shape) * places * self.g.shape[2]
+        return self.columns * self.batch * each
+
+
+@dataclass(frozen=True)
 class ConvolutionBuilder:
     """Outer products of patches and cotangents, or the reverse for a transposed convolution."""
 
@@ -85,16 +191,8 @@ class ConvolutionBuilder:
 
     def __call__(self, kept: Sequence[Tensor], g: Tensor, axis: int) -> tuple[Form, View]:
         """Return the outer form, `[groups, O/groups, C/groups * window]` for a convolution."""
-        (k, b, m), geometry = g.shape[:3], self.geometry
-        x = wide(kept[0]).expand(b, m, *kept[0].shape[2:])
-        x = x.reshape(b * m, *x.shape[2:])
-        g = wide(g).reshape(k * b * m, *g.shape[3:])
-        if self.transposed:
-            a, rows = _rows(x, geometry.groups), geometry.patches(g, x.shape[2:])
-        else:
-            a, rows = geometry.patches(x, g.shape[2:]), _rows(g, geometry.groups)
-        rows = _examples(rows, m)
-        form = Outer(_examples(a, m), rows.reshape(k, b, *rows.shape[1:]))
+        x = wide(kept[0]).expand(*g.shape[1:3], *kept[0].shape[2:])
+        form = Unfolded(x, wide(g), self.geometry, self.transposed)
         if self.transposed:
             return form, (Reshape(self.shape), Permute((0, 2, 1)))
         return form, (Reshape(self.shape),)

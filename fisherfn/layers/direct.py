@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.layers.form import Form
-from fisherfn.layers.numerics import accumulate
+from fisherfn.layers.numerics import accumulate, sum_of_squares
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Direct(Form):
 
     def square_sum(self, total: Tensor | None = None) -> Tensor:
         """Return `total` plus the sum of squares, `[*shape]`."""
-        return accumulate(total, (self.d * self.d).sum((0, 1)))
+        return accumulate(total, sum_of_squares(self.d))
 
     def sum(self) -> Tensor:
         """Return the sum of the scores, `[*shape]`."""
@@ -72,6 +72,10 @@ class Direct(Form):
     def followed_by(self, others: Sequence[Form]) -> Direct:
         """Return all examples together."""
         return Direct(torch.cat([self.d, *(o.d for o in others if isinstance(o, Direct))], dim=1))
+
+    def sample(self) -> Tensor:
+        """Return `d`."""
+        return self.d
 
     def multiplications(self) -> int:
         """One for each score."""

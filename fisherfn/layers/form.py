@@ -71,10 +71,14 @@ class Form(ABC):
     def multiplications(self) -> int:
         """Return the multiplications that `square_sum` needs."""
 
+    @abstractmethod
+    def sample(self) -> Tensor:
+        """Return a tensor that tells device and type."""
+
     @property
     def score_bytes(self) -> int:
         """Bytes of the score of one example, all columns."""
-        size = self.columns * 8
+        size = self.columns * self.sample().element_size()
         for n in self.shape:
             size *= n
         return size

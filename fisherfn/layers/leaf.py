@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fisherfn.layers.form import Form
 from fisherfn.layers.lookup import Lookup
-from fisherfn.layers.numerics import accumulate, blocks
+from fisherfn.layers.numerics import accumulate, blocks, sum_of_squares
 from fisherfn.layers.outer import Outer
 from fisherfn.layers.views import Reshape, View, disjoint, factor, pull
 
@@ -68,7 +68,7 @@ class LeafScores:
     @property
     def score_bytes(self) -> int:
         """Bytes of the score of one example, all columns."""
-        size = self.columns * 8
+        size = self.columns * self.uses[0][0].sample().element_size()
         for n in self.shape:
             size *= n
         return size
@@ -101,7 +101,7 @@ class LeafScores:
         else:
             for part in self._parts():
                 s = part.scores()
-                total = accumulate(total, (s * s).sum((0, 1)))
+                total = accumulate(total, sum_of_squares(s))
         assert total is not None
         return total
 
@@ -156,9 +156,8 @@ class LeafScores:
         return sum(form.multiplications() for form, _ in self.uses)
 
     def _parts(self) -> Iterator[LeafScores]:
-        like = self.uses[0][0]
-        device = like.g if isinstance(like, (Outer, Lookup)) else like.scores()
-        for start, stop in blocks(self.batch, self.score_bytes, device):
+        like = self.uses[0][0].sample()
+        for start, stop in blocks(self.batch, self.score_bytes, like):
             yield self.part(start, stop)
 
     def _only_reshaped(self) -> bool:

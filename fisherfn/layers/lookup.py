@@ -101,6 +101,10 @@ class Lookup(Form):
         index = torch.cat([self.index, *(o.index for o in same)])
         return Lookup(index, torch.cat([self.g, *(o.g for o in same)], dim=1), self.rows)
 
+    def sample(self) -> Tensor:
+        """Return `g`."""
+        return self.g
+
     def multiplications(self) -> int:
         """The equal-index products, `K B T² D`."""
         k, b, t, d = self.g.shape

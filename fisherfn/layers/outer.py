@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from fisherfn.layers.form import Form
-from fisherfn.layers.numerics import accumulate, block_bytes, blocks, in_place_allowed
+from fisherfn.layers.numerics import (
+    accumulate,
+    block_bytes,
+    blocks,
+    in_place_allowed,
+    sum_of_squares,
+)
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,7 @@ class Outer(Form):
             return self._one_by_one(total)
         for start, stop in blocks(self.batch, self.score_bytes, self.a):
             s = self.part(start, stop).scores()
-            s = s.square_() if in_place_allowed() else s * s
-            total = accumulate(total, s.sum((0, 1)))
+            total = accumulate(total, sum_of_squares(s))
         assert total is not None
         return total
 
@@ -144,6 +149,10 @@ class Outer(Form):
         same = [o for o in others if isinstance(o, Outer)]
         a = torch.cat([self.a, *(o.a for o in same)])
         return Outer(a, torch.cat([self.g, *(o.g for o in same)], dim=1))
+
+    def sample(self) -> Tensor:
+        """Return `g`."""
+        return self.g
 
     def multiplications(self) -> int:
         """Through the score: `K B R T O I`; factored with one position: `B R O I`."""

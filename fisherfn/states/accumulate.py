@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import random
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, NamedTuple, TypeAlias
 
@@ -70,7 +71,7 @@ def accumulate(
         batches: Any iterable of `ff.Batch`, generators included. Each is used once and let go.
         state: Where to go on, from an earlier call; `batches` then are those that it has not seen.
         key: As for the estimator; the same key serves every batch.
-        progress: True shows a bar with rate and time left; a function is called with the number of
+        progress: True shows a bar with the time left; a function is called with the number of
             batches done, earlier calls included, and their total (None if unknown).
         on_update: Called with the state after each batch, for instance to save it.
 
@@ -189,6 +190,24 @@ def _reporting(progress: bool | Report) -> Iterator[Report]:
     if not progress:
         yield lambda done, total: None
         return
+    with _random_state_kept():
+        bar = _bar()
+        task = bar.add_task("batches", total=None)
+        bar.start()
+
+    def show(done: int, total: int | None) -> None:
+        with _random_state_kept():
+            bar.update(task, completed=done, total=total, refresh=True)
+
+    try:
+        yield show
+    finally:
+        with _random_state_kept():
+            bar.stop()
+
+
+def _bar() -> Any:
+    """Return a progress bar of rich, on the error stream."""
     try:
         from rich import console
         from rich import progress as bars
@@ -204,10 +223,15 @@ def _reporting(progress: bool | Report) -> Iterator[Report]:
         bars.TimeElapsedColumn(),
         bars.TimeRemainingColumn(),
     )
-    with bars.Progress(*columns, console=console.Console(stderr=True)) as bar:
-        task = bar.add_task("batches", total=None)
+    # No thread that redraws by itself: rich draws from the global random state (see below).
+    return bars.Progress(*columns, console=console.Console(stderr=True), auto_refresh=False)
 
-        def show(done: int, total: int | None) -> None:
-            bar.update(task, completed=done, total=total)
 
-        yield show
+@contextlib.contextmanager
+def _random_state_kept() -> Iterator[None]:
+    """Put the global random state of Python back, from which rich draws; it must not move."""
+    before = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -15,6 +16,8 @@ import pytest
 import torch
 
 from fisherfn.app.cli import main
+
+importlib.import_module("rich.progress")  # draws from Python's random state when it is imported
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = (

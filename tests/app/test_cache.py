@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,15 @@ def test_another_process_may_be_faster(cache: Cache) -> None:
     cache.build(slow)
     assert cache.is_sound()
     assert not (cache.directory / "late").exists()
+
+
+def test_what_killed_processes_left_is_removed(cache: Cache) -> None:
+    old, new = (cache.directory.parent / f".model-{name}" for name in ("old", "new"))
+    for path in (old, new):
+        path.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    cache.build(fill)
+    assert (old.exists(), new.exists()) == (False, True)
 
 
 def test_unwritable(tmp_path: Path) -> None:

@@ -95,6 +95,7 @@ def test_help_shows_public_names_only(capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert "--num-samples" in text
     assert "--save-every" in text
+    assert "curvature_prop" in text
     for hidden in ("model_path", "model-path", "fp16", "output-path", "fisher-dict", "Raises"):
         assert hidden not in text
 

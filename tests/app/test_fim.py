@@ -1,4 +1,4 @@
-"""`fisherfn fim` from beginning to end, on tiny models of both causal layouts."""
+"""`fisherfn fim` from beginning to end, on tiny models."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def reference(
     return {name: value / count for name, value in total.items()}
 
 
-@pytest.mark.parametrize("layout", ["llama", "gpt2"])
+@pytest.mark.parametrize("layout", ["llama", "gpt2", "bert-decoder"])
 @pytest.mark.parametrize("unit", ["example", "position"])
 def test_empirical_is_the_mean_of_squared_scores(
     tiny: Tiny, texts: Path, tmp_path: Path, fim: Any, layout: str, unit: str
@@ -244,3 +244,27 @@ def test_library_and_command_agree(tiny: Tiny, texts: Path, tmp_path: Path, fim:
     assert total is not None
     for name, value in diagonal(out).items():
         torch.testing.assert_close(value, total.values[name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tiny: Tiny, texts: Path, tmp_path: Path, fim: Any) -> None:
+    arguments = ("--model", tiny("llama"), "--data", texts)
+    for device in ("cpu", "cuda"):
+        assert fim(*arguments, "--device", device, "--output", tmp_path / device).code == 0
+    on_cpu, on_gpu = (diagonal(tmp_path / device) for device in ("cpu", "cuda"))
+    for name, value in on_cpu.items():
+        torch.testing.assert_close(on_gpu[name], value, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.gpu
+def test_memory_of_a_gpu(tiny: Tiny, tmp_path: Path, fim: Any) -> None:
+    data = tmp_path / "data.txt"
+    data.write_text("x = y + z * 1\n" * 4, "utf-8")
+    limit = torch.cuda.mem_get_info()[1]
+    torch.cuda.set_per_process_memory_fraction(1e6 / limit)
+    try:
+        done = fim("--model", tiny("llama"), "--data", data, "--device", "cuda")
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert done.code == 2
+    assert "memory" in done.err

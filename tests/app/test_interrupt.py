@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import fisherfn as ff
 from fisherfn.app import checkpoint
 from fisherfn.app.job import Job
 
@@ -33,14 +34,14 @@ def uninterrupted(fim: Any, arguments: tuple[object, ...], tmp_path: Path) -> Pa
 
 
 def interrupt_in_batch(monkeypatch: pytest.MonkeyPatch, index: int, number: signal.Signals) -> None:
-    real = Job.compute
+    real = Job.batch
 
-    def compute(self: Job, at: int) -> Any:
+    def batch(self: Job, at: int) -> Any:
         if at == index:
             signal.raise_signal(number)
         return real(self, at)
 
-    monkeypatch.setattr(Job, "compute", compute)
+    monkeypatch.setattr(Job, "batch", batch)
 
 
 def same(a: Path, b: Path) -> None:
@@ -188,7 +189,7 @@ def test_without_resume_an_unfinished_run_is_replaced_and_that_is_said(
         assert fim(*arguments, "--output", out).code == 130
     done = fim(*arguments, "--output", out)
     assert done.code == 0
-    assert "holds 1 of 4 batches of an unfinished run" in done.err
+    assert "holds an unfinished run, which this one replaces" in done.err
     assert not (out / checkpoint.FILE).exists()
     same(out, uninterrupted)
 
@@ -201,9 +202,9 @@ def test_saved_as_often_as_promised(
     saved: list[int] = []
     real = checkpoint.save
 
-    def save(directory: Path, tensors: Any, record: checkpoint.Record) -> None:
-        saved.append(record.done)
-        real(directory, tensors, record)
+    def save(directory: Path, now: checkpoint.FimCheckpoint) -> None:
+        saved.append(now.done)
+        real(directory, now)
 
     monkeypatch.setattr(fisherfn.app.run.checkpoint, "save", save)
     assert fim(*arguments, "--output", tmp_path / "a", "--save-every", 0).code == 0
@@ -216,58 +217,53 @@ def test_saved_as_often_as_promised(
 def test_a_checkpoint_that_cannot_be_saved_does_not_end_the_run(
     fim: Any, arguments: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import fisherfn.app.checkpoint
+    def full(path: Path, content: object) -> None:
+        raise ff.FisherError("No space left on device")
 
-    def full(path: Path) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(fisherfn.app.checkpoint, "sync", full)
+    monkeypatch.setattr(ff.io, "save", full)
     done = fim(*arguments, "--output", tmp_path / "out", "--save-every", 0)
     assert done.code == 0
     assert "progress could not be saved" in done.err
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
-    while not path.exists():
+    while not condition():
         assert process.poll() is None, process.communicate()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
 
-def many_texts(path: Path) -> Path:
-    lines = (f"x = {i % 4} + y * {(i // 4) % 4} return z" for i in range(1500))
-    path.write_text("\n".join(lines), "utf-8")
-    return path
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
-def test_a_real_signal_and_a_real_process(
-    start: Callable[..., subprocess.Popen[str]],
-    fim: Any,
-    tiny: Tiny,
-    tmp_path: Path,
-    number: signal.Signals,
+def test_real_signals_and_real_processes(
+    start: Callable[..., subprocess.Popen[str]], fim: Any, tiny: Tiny, tmp_path: Path
 ) -> None:
+    data = tmp_path / "many.txt"
+    lines = (f"x = {i % 4} + y * {(i // 4) % 4} return z" for i in range(600))
+    data.write_text("\n".join(lines), "utf-8")
+    options = ("--model", tiny("gpt2"), "--data", data, "--num-samples", 600, "--batch-size", 20)
     out = tmp_path / "out"
-    options = (
-        *("--model", tiny("gpt2"), "--data", many_texts(tmp_path / "many.txt"), "--output", out),
-        *("--num-samples", 1500, "--batch-size", 30, "--save-every", 0),
-    )
-    process = start(*options)
-    wait_for(out / checkpoint.FILE, process)
-    process.send_signal(number)
-    process.wait(timeout=60)
-    assert process.returncode == (130 if number == signal.SIGINT else -signal.SIGKILL)
-    record = checkpoint.peek(out)
-    assert record is not None
-    assert 0 < record.done < record.batches == 50
-    done = fim(*options, "--resume")
+    arguments = (*options, "--output", out, "--save-every", 0)
+
+    killed = start(*arguments)
+    wait_for(lambda: checkpoint.exists(out), killed)
+    killed.kill()
+    assert killed.wait(timeout=60) == -signal.SIGKILL
+    first = checkpoint.load(out, torch.device("cpu")).done
+    assert 0 < first < 30
+
+    interrupted = start(*arguments, "--resume")
+    wait_for(lambda: checkpoint.load(out, torch.device("cpu")).done > first, interrupted)
+    interrupted.send_signal(signal.SIGINT)
+    _, printed = interrupted.communicate(timeout=60)
+    assert interrupted.returncode == 130
+    second = checkpoint.load(out, torch.device("cpu")).done
+    assert f"resuming after {first} of 30 batches" in printed
+    assert f"stopped after {second} of 30 batches" in printed
+
+    done = fim(*arguments, "--resume")
     assert done.code == 0, done.err
-    assert f"resuming after {record.done} of 50 batches" in done.err
+    assert f"resuming after {second} of 30 batches" in done.err
     assert {path.suffix for path in out.iterdir()} == {".json", ".csv", ".safetensors"}
-    whole = tmp_path / "whole"
-    assert fim(*options, "--output", whole).code == 0
-    same(out, whole)
-    summary = json.loads((out / "summary.json").read_text("utf-8"))
-    assert summary["count"] == 1500
+    assert json.loads((out / "summary.json").read_text("utf-8"))["count"] == 600
+    assert fim(*options, "--output", tmp_path / "whole").code == 0
+    same(out, tmp_path / "whole")

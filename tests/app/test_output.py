@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fisherfn.app import checkpoint, output
+from fisherfn.app import output
 from fisherfn.app.errors import OutputError
 from fisherfn.app.report import write_diagonal
 
@@ -87,17 +87,6 @@ def test_full_disk(tmp_path: Path, form: str) -> None:
     ):
         write_diagonal(staging / "d", BIG, form, {})
     assert not any(tmp_path.iterdir())
-
-
-def test_full_disk_keeps_the_checkpoint_before(tmp_path: Path) -> None:
-    record = checkpoint.Record({"--seed": 0}, 1, 3, 1.0, 5)
-    checkpoint.save(tmp_path, {"w": torch.ones(2)}, record)
-    with largest_file(50_000), pytest.raises(OutputError, match=r"cannot write to "):
-        checkpoint.save(tmp_path, BIG, record)
-    assert [path.name for path in tmp_path.iterdir()] == [checkpoint.FILE]
-    loaded = checkpoint.load(tmp_path)
-    assert loaded is not None
-    assert loaded[0]["w"].tolist() == [1.0, 1.0]
 
 
 def test_leftovers_of_killed_runs_are_swept(tmp_path: Path) -> None:

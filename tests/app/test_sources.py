@@ -166,8 +166,8 @@ def test_package_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_exact_is_refused_by_its_columns() -> None:
-    check_exact(9, 51, 400)
-    with pytest.raises(ff.OptionError, match=r"12533505 columns \(255 positions x 49151 classes\)"):
+    check_exact(8, 51, 400)
+    with pytest.raises(ff.OptionError, match=r"12582656 columns \(256 positions x 49152 classes"):
         check_exact(256, 49152, 20_000)
 
 

@@ -26,7 +26,7 @@ LINEAR = table(
     Case("linear_3d_short_wide", lambda: pooled(nn.Linear(24, 20), 20, 2, 24)),
     Case("linear_one_position", lambda: pooled(nn.Linear(4, 5), 5, 1, 4)),
     Case("linear_one_feature", lambda: pooled(nn.Linear(1, 1), 1, 4, 1)),
-    Case("bilinear", lambda: _bilinear(), general=("layer.weight",)),
+    Case("bilinear", lambda: _bilinear(), general=("layer.weight", "layer.bias")),
 )
 
 
@@ -100,7 +100,7 @@ NORMALISATION = table(
     Case("layer_norm", lambda: features(nn.LayerNorm(4), 4, 3, 4)),
     Case("layer_norm_flat", lambda: features(nn.LayerNorm(4), 4, 4)),
     Case("layer_norm_pooled", lambda: pooled(nn.LayerNorm(4), 4, 3, 4)),
-    Case("layer_norm_two_axes", lambda: features(nn.LayerNorm((3, 4)), 4, 3, 4)),
+    Case("layer_norm_two_axes", lambda: features(nn.LayerNorm([3, 4]), 4, 3, 4)),
     Case("layer_norm_no_bias", lambda: features(nn.LayerNorm(4, bias=False), 4, 3, 4)),
     Case(
         "layer_norm_not_affine",

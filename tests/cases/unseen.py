@@ -37,7 +37,8 @@ class Product(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        (grad,) = grad_outputs
         x, w = ctx.saved_tensors
         return grad @ w, grad.T @ x
 
@@ -56,8 +57,8 @@ class StraightThrough(torch.autograd.Function):
         pass
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        return grad
+    def backward(ctx: Any, *grad_outputs: Any) -> Any:
+        return grad_outputs[0]
 
 
 def _where(m: Any, x: Tensor) -> Tensor:

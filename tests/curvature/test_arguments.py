@@ -49,12 +49,9 @@ def test_vectors_unlike_the_parameters_are_refused(case: Any, name: str) -> None
         (more, r"an unexpected leaf at 2\.bias\. "),
         (shape, r"shape \(1, 2\) at 0\.bias, needs \(2,\)\. "),
         (number, r"a float at 0\.bias, needs a tensor of shape \(2,\)\. "),
-        (torch.ones(8), r"leaf '' where '0\.weight' is needed\. "),
+        (torch.ones(8), r".* at the root .*"),
         (None, r"no leaf at 0\.weight\. "),
-        (
-            {**good, "0.bias": {"x": torch.ones(2)}},
-            r"leaf '0\.bias/x' where '0\.bias' is needed\. ",
-        ),
+        ({**good, "0.bias": {"x": torch.ones(2)}}, r".*0\.bias/x.*0\.bias\. "),
     ):
         with pytest.raises(TreeMismatchError, match=caller + problem + advice):
             ASKS[name](case.F, bad)
@@ -206,9 +203,7 @@ class Other(NamedTuple):
 
 def test_layout_refuses_another_class_of_the_same_shape() -> None:
     F = Dense(torch.eye(2), ONE, Layout.of(One(torch.ones(2))))
-    with pytest.raises(
-        TreeMismatchError, match=r"Dense.mv: expected v like params, got containers"
-    ):
+    with pytest.raises(TreeMismatchError, match=r"Dense.mv: expected v like params, got .*Other"):
         F.mv(Other(torch.ones(2)))
 
 

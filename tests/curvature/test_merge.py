@@ -155,7 +155,7 @@ def test_merge_equals_the_average_over_all_scores() -> None:
 def test_inputs_are_left_alone(make: Any, kind: str, layers: Any) -> None:
     a, b, _ = three(make, kind, layers, (1.0, 3.0, 1.0))
     before = [x.clone() for x in trees.leaves([a, b])]
-    merge(a, b), empty_like(a)
+    _ = merge(a, b), empty_like(a)
     assert all(torch.equal(x, y) for x, y in zip(before, trees.leaves([a, b]), strict=True))
 
 
@@ -296,22 +296,22 @@ def test_a_batch_of_results_has_to_be_mapped(case: Any) -> None:
 @pytest.mark.parametrize("other", [2, "text", None, torch.ones(2)], ids=str)
 def test_what_cannot_be_added_is_a_type_error(case: Any, other: Any) -> None:
     with pytest.raises(TypeError, match=r"unsupported operand|no implementation"):
-        case.F + other
+        _ = case.F + other
 
 
 @pytest.mark.parametrize("other", ["text", None, [1], True], ids=str)
 def test_what_cannot_scale_is_a_type_error(case: Any, other: Any) -> None:
     with pytest.raises(TypeError, match=r"unsupported operand|can't multiply"):
-        other * case.F
+        _ = other * case.F
 
 
 @pytest.mark.parametrize("other", [torch.ones(2), torch.tensor(1j)], ids=str)
 def test_tensors_that_are_no_number_cannot_scale(case: Any, other: Any) -> None:
     message = r"c \* F: expected c to be a real number or a 0-d tensor, got torch"
     with pytest.raises(ShapeError, match=message):
-        other * case.F
+        _ = other * case.F
     with pytest.raises(ShapeError, match=message):
-        case.F * other
+        _ = case.F * other
 
 
 def test_torch_functions_do_not_take_representations(case: Any) -> None:

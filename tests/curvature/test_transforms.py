@@ -17,6 +17,9 @@ from fisherfn.core import random, trees
 from fisherfn.core.merging import empty_like, merge
 from fisherfn.curvature import Dense, Diagonal, GradientMoments, Layout
 
+# One of each class: compiling takes its time.
+COMPILED = ("diagonal", "dense", "crossed")
+
 
 def everything(F: Any, v: Any, key: Tensor, damping: Any) -> dict[str, Any]:
     """Every question at once."""
@@ -52,14 +55,18 @@ def with_stderr(F: Any) -> Any:
     return dataclasses.replace(F, stderr=trees.scale(F.values, 0.1), fisher="mc")
 
 
-def test_compiled_is_eager(case: Any) -> None:
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compiled_is_eager(make: Any, layers: Any, kind: str) -> None:
+    case = make(kind, layers)
     F, v, key = with_stderr(case.F), case.draw(0), random.key(1)
-    compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
-    for damping in (torch.tensor(0.3, dtype=torch.float64), torch.tensor(0.0)):
+    compiled = torch.compile(everything, fullgraph=True, backend="eager")
+    for damping in torch.tensor([0.3, 0.0], dtype=torch.float64):
         same(compiled(F, v, key, damping), everything(F, v, key, damping))
 
 
-def test_compiled_with_numbers_for_options(case: Any) -> None:
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compiled_with_numbers_for_options(make: Any, layers: Any, kind: str) -> None:
+    case = make(kind, layers)
     # The second and third number of a kind are traced as symbols.
     v = case.draw(0)
     for ask, numbers in (
@@ -81,7 +88,8 @@ def test_results_that_are_made_inside_of_compiled_code() -> None:
     compiled = torch.compile(make, fullgraph=True, backend="eager")
     dense, diagonal = compiled(params, torch.eye(3))
     assert dense.layout == Layout.of(params)
-    same(dense + dense, 2 * Dense(torch.eye(3), 1, Layout.of(params)) + 0.0 * dense)
+    again = Dense(torch.eye(3), torch.ones(()), Layout.of(params))
+    same(dense + dense, again + again)
     same(diagonal.solve(params), params)
 
 
@@ -135,8 +143,16 @@ def test_derivatives_are_finite_differences(case: Any, name: str) -> None:
     slopes = torch.func.grad(f, argnums=(0, 1))(case.F, damping)
     got = trees.dot(slopes[0], direction) + slopes[1]
     torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
-    compiled = torch.compile(torch.func.grad(f), fullgraph=True, backend="aot_eager")
-    same(compiled(case.F, damping), slopes[0])
+
+
+@pytest.mark.parametrize("kind", COMPILED)
+def test_compiled_derivatives_are_eager_ones(make: Any, layers: Any, kind: str) -> None:
+    case = make(kind, layers)
+    questions = list(scalars(case.draw(0), random.key(1)).values())
+    damping = torch.tensor(0.3, dtype=torch.float64)
+    slope = torch.func.grad(lambda F: torch.stack([f(F, damping) for f in questions]).cos().sum())
+    compiled = torch.compile(slope, fullgraph=True, backend="eager")
+    same(compiled(case.F), slope(case.F), 1e-8)
 
 
 def test_derivatives_of_a_solution_exist_where_eigenvalues_repeat(make: Any, layers: Any) -> None:

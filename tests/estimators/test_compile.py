@@ -16,6 +16,9 @@ from cases import Net, normal
 from fisherfn import testing
 from fisherfn.testing import Problem
 
+# torch's own compiler still imports parts of TorchScript
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.* is deprecated")
+
 
 @pytest.fixture(autouse=True)
 def fresh_compiler() -> Iterator[None]:
@@ -122,6 +125,7 @@ def test_compiled_is_eager_on_the_general_path(fisher: str) -> None:
     testing.compiled(member, problem("general"))
 
 
+@pytest.mark.slow  # needs a C++ compiler, and seconds of its time
 @pytest.mark.parametrize("kind", ["mlp", "cnn", "transformer"])
 def test_inductor(kind: str) -> None:
     testing.compiled(testing.ESTIMATORS["diagonal-mc-example"], problem(kind), backend="inductor")
@@ -155,7 +159,7 @@ def test_bad_values_poison_a_compiled_result(bad: str) -> None:
     p = problem("mlp")
     changes = {
         "targets": {"targets": torch.tensor([0, 7, 1]), "mask": None},
-        "weights": {"weights": torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64)},
+        "weights": {"weights": torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64), "mask": None},
         "masked": {"mask": torch.zeros(3, dtype=torch.bool)},
     }
     spoiled = dataclasses.replace(p, batch=dataclasses.replace(p.batch, **changes[bad]))

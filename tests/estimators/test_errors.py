@@ -63,9 +63,12 @@ BAD_BATCHES: dict[str, tuple[dict[str, Any], str]] = {
     "negative_weights": ({"weights": torch.tensor([1.0, -1.0, 1.0])}, r"weights.*-1"),
     "nan_weights": ({"weights": torch.tensor([1.0, float("nan"), 1.0])}, r"weights.*nan"),
     "infinite_weights": ({"weights": torch.tensor([1.0, float("inf"), 1.0])}, r"weights.*inf"),
-    "zero_weights": ({"weights": torch.zeros(B)}, r"weights"),
+    "zero_weights": ({"weights": torch.zeros(B)}, r"weight"),
     "weights_shape": ({"weights": torch.ones(B + 1)}, r"weights.*\(4,\)"),
-    "weights_of_positions": ({"weights": torch.ones(B, T)}, r"weights.*position"),
+    "weights_of_positions": (
+        {"weights": torch.ones(B, T)},
+        r"weights.*'example'.*\(3, 2\)",
+    ),
     "ids_float": ({"ids": torch.arange(B).float()}, r"ids.*int64"),
     "ids_shape": ({"ids": torch.arange(B + 1)}, r"ids.*\(4,\)"),
     "positions_float": ({"positions": torch.ones(B, T)}, r"positions.*bool"),
@@ -82,13 +85,31 @@ BAD_BATCHES: dict[str, tuple[dict[str, Any], str]] = {
 }
 
 
-@pytest.mark.parametrize("bad", BAD_BATCHES)
-@pytest.mark.parametrize("member", MEMBERS, ids=str)
+NOTHING_COUNTS = ("everything_masked", "zero_weights")
+
+
+@pytest.mark.parametrize(
+    ("member", "bad"),
+    [
+        (member, bad)
+        for member in MEMBERS
+        for bad in BAD_BATCHES
+        # a result of each example's own divides by no count
+        if member.result == "joined" or bad not in NOTHING_COUNTS
+    ],
+    ids=str,
+)
 def test_bad_batch(member: testing.Member, bad: str) -> None:
     fields, message = BAD_BATCHES[bad]
     with pytest.raises(ff.FisherError, match=message) as caught:
         member.run(changed(**fields))
     assert_helpful(caught.value, member)
+
+
+@pytest.mark.parametrize("name", ["per_sample_gradients", "score_norms", "score_gram"])
+def test_scores_of_what_is_all_masked_are_zero(name: str) -> None:
+    got = testing.ESTIMATORS[name].run(changed(mask=torch.zeros(B, T, dtype=torch.bool)))
+    assert all((leaf == 0).all() for leaf in ff.tree.leaves(got))
 
 
 BAD_TARGETS: dict[str, tuple[Any, str]] = {

@@ -15,6 +15,7 @@ import oracles
 from cases import normal
 from cases.single import case, diagonal, two, want, x
 from fisherfn.layers import registry
+from fisherfn.layers.outer import Outer
 from fisherfn.testing import assert_close
 
 # ---- capture and explain -------------------------------------------------------------------------
@@ -45,6 +46,7 @@ def test_capture_gives_outputs_sites_and_the_pull_back() -> None:
         assert_close(leaf.sum(), truth[name].sum(0), what=name)
     (form, _), *rest = pulled["b.weight"].uses
     assert not rest
+    assert isinstance(form, Outer)
     hidden = torch.tanh(s.batch.inputs @ s.params["a.weight"].mT + s.params["a.bias"])
     assert_close(form.a.reshape(hidden.shape), hidden)
 

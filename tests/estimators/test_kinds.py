@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -109,7 +110,7 @@ def test_diagonal_is_the_diagonal_of_dense_and_of_its_blocks(
 ) -> None:
     s = setup(name)
     key = ff.random.key(7) if fisher in ("mc", "curvature_prop") else None
-    options = {"fisher": fisher, "unit": unit}
+    options: dict[str, Any] = {"fisher": fisher, "unit": unit}
     diagonal = ff.diagonal(s.model, s.likelihood, **options)(*s.args, key=key)
     dense = ff.dense(s.model, s.likelihood, **options)(*s.args, key=key)
     blocks = ff.block_diagonal(s.model, s.likelihood, **options)(*s.args, key=key)
@@ -201,10 +202,10 @@ def test_temperature_scales_drawing_and_scoring_alike() -> None:
         return warm.model(params, buffers, inputs) / 2.0
 
     key = ff.random.key(5)
-    for fisher, options in itertools.product(("exact", "mc"), ({}, {"unit": "position"})):
+    for fisher, unit in itertools.product(("exact", "mc"), ("example", "position")):
         given = {} if fisher == "exact" else {"key": key}
-        one = ff.diagonal(warm.model, warm.likelihood, fisher=fisher, **options)
-        two = ff.diagonal(halved, ff.likelihoods.categorical(), fisher=fisher, **options)
+        one = ff.diagonal(warm.model, warm.likelihood, fisher=fisher, unit=unit)
+        two = ff.diagonal(halved, ff.likelihoods.categorical(), fisher=fisher, unit=unit)
         assert_close(one(*warm.args, **given).values, two(*warm.args, **given).values)
 
 

@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Callable
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fisherfn as ff
@@ -16,7 +16,7 @@ MEMBERS = list(testing.ESTIMATORS.values())
 
 # What one member goes through on a drawn problem is a dozen calls; the number of problems is what
 # there is time for, times three dozen members.
-EXAMPLES = settings(max_examples=4, suppress_health_check=list(HealthCheck))
+EXAMPLES = settings(max_examples=4)
 
 
 @pytest.mark.parametrize("law", testing.LAWS.values(), ids=testing.LAWS.keys())

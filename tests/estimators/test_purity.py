@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -151,7 +152,7 @@ def test_one_forward_pass_once_the_plan_is_known(name: str) -> None:
 def test_statistics_equals_the_separate_estimators_with_one_forward_pass() -> None:
     watched, calls = counted(problem("sequence"))
     model, likelihood = watched.model, watched.likelihood
-    parts = {
+    parts: dict[str, Any] = {
         "mc": ff.diagonal(model, likelihood, fisher="mc", num_samples=2),
         "exact": ff.diagonal(model, likelihood, fisher="exact"),
         "blocks": ff.block_diagonal(model, likelihood, fisher="empirical"),

@@ -63,7 +63,9 @@ def test_missing_key(member: testing.Member) -> None:
 
 
 @pytest.mark.parametrize(
-    "key", [0, torch.Generator(), torch.zeros(3, dtype=torch.int64), torch.zeros(2)], ids=repr
+    "key",
+    [0, torch.Generator(), torch.zeros(3, dtype=torch.int64), torch.zeros(2)],
+    ids=["int", "generator", "long", "float"],
 )
 def test_keys_of_another_kind(key: Any) -> None:
     p = problem()
@@ -121,8 +123,8 @@ LOSSES: dict[str, tuple[Any, str]] = {
     "bce": (nn.BCEWithLogitsLoss(), r"bernoulli"),
     "poisson": (nn.PoissonNLLLoss(), r"poisson"),
     "nothing": (None, r"likelihood"),
-    "a_name": ("categorical", r"likelihoods\.categorical\(\)"),
-    "not_called": (ff.likelihoods.categorical, r"categorical\(\)"),
+    "a_name": ("categorical", r"'categorical'.*likelihoods"),
+    "not_called": (ff.likelihoods.categorical, r"Call it: likelihoods\.categorical\("),
     "a_function": (lambda outputs, targets: outputs.sum(), r"custom"),
 }
 
@@ -262,7 +264,7 @@ def test_an_exact_fisher_of_too_many_columns(transformation: Callable[..., Any])
     params = torch.ones(50_000)
     batch = ff.Batch(torch.ones(1, 2))
     estimator = transformation(model, ff.likelihoods.categorical())
-    with pytest.raises(ff.FisherError, match=r"columns") as caught:
+    with pytest.raises(ff.FisherError, match=r"pull-backs") as caught:
         estimator(params, {}, batch)
     for kind in ("mc", "curvature_prop", "empirical"):
         assert kind in str(caught.value)
@@ -291,10 +293,11 @@ def test_custom_likelihood_without_what_is_asked_of_it() -> None:
 
 def test_statistics_of_nothing_or_of_strangers() -> None:
     p = problem()
+    wrong: Any = "diagonal"
     with pytest.raises(ff.FisherError, match="statistics"):
         ff.statistics()
     with pytest.raises(ff.FisherError, match="statistics"):
-        ff.statistics(a=ff.diagonal(p.model, p.likelihood), b="diagonal")
+        ff.statistics(a=ff.diagonal(p.model, p.likelihood), b=wrong)
     with pytest.raises(ff.FisherError, match=r"statistics.*model"):
         ff.statistics(
             a=ff.diagonal(p.model, p.likelihood), b=ff.diagonal(problem().model, p.likelihood)
@@ -320,15 +323,10 @@ def test_merging_other_kinds_or_units() -> None:
         ff.merge(exact, dense)
 
 
-def test_weights_of_examples_with_position_units() -> None:
-    p = changed(weights=torch.ones(B))
-    with pytest.raises(ff.FisherError, match=r"weights.*\(3, 2\)"):
-        diagonal(p, unit="position")
-
-
 def test_explain_of_something_else() -> None:
+    wrong: Any = lambda params, buffers, batch: None  # noqa: E731
     with pytest.raises(ff.FisherError, match="explain"):
-        ff.explain(lambda params, buffers, batch: None)
+        ff.explain(wrong)
 
 
 def test_testing_without_hypothesis(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -65,10 +65,10 @@ UNBIASED = [
 @pytest.mark.parametrize(
     ("fisher", "num_samples", "draws"),
     [
-        ("mc", 1, 300),
-        ("mc", 5, 80),
-        ("curvature_prop", 1, 300),
-        ("curvature_prop", 5, 80),
+        ("mc", 1, 150),
+        ("mc", 5, 40),
+        ("curvature_prop", 1, 150),
+        ("curvature_prop", 5, 40),
     ],
 )
 @pytest.mark.parametrize("name", UNBIASED)
@@ -78,7 +78,7 @@ def test_random_labels_average_to_exact(
     s = setup(name)
     estimator = ff.diagonal(s.model, s.likelihood, fisher=fisher, num_samples=num_samples)
     found = sample(lambda k: ravel(estimator(*s.args, key=k).values), draws, seed=11)
-    assert_unbiased(found, exact(name).diagonal(), precision=0.08)
+    assert_unbiased(found, exact(name).diagonal(), precision=0.12)
 
 
 @pytest.mark.parametrize("fisher", ["mc", "curvature_prop"])

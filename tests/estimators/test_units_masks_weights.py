@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ POSITION_WEIGHTS = {
 def _attentive() -> cases.Built:
     """Positions see each other; every kind of site: embedding, norm, linear, scale, unknown."""
 
-    def forward(m: cases.Net, t: Tensor) -> Tensor:
+    def forward(m: Any, t: Tensor) -> Tensor:
         h = m.embed(t) + m.place
         h = m.norm(h + torch.softmax(h @ h.mT, -1) @ h) * m.scale
         return m.head(torch.tanh(torch.einsum("bti,io->bto", h, m.mix)))
@@ -106,7 +107,7 @@ def test_positions(fisher: str, mask: str, weights: str) -> None:
     batch, problem = variant(MASKS[mask], POSITION_WEIGHTS[weights])
     s = base()
     want = oracles.rows(problem, fisher, "position")
-    options = {"fisher": fisher, "unit": "position"}
+    options: dict[str, Any] = {"fisher": fisher, "unit": "position"}
     diagonal = ff.diagonal(s.model, s.likelihood, **options)(s.params, s.buffers, batch)
     blocks = ff.block_diagonal(s.model, s.likelihood, **options)(s.params, s.buffers, batch)
     matrix = (want.weights.unsqueeze(1) * want.scores).T @ want.scores / want.count
@@ -226,9 +227,10 @@ def test_masked_inputs_that_are_nan_do_not_spread() -> None:
 
 def test_ignore_makes_the_mask() -> None:
     s = base()
-    targets = torch.where(MASKS["full"], s.batch.targets, -100)  # type: ignore[arg-type]
+    full: Any = MASKS["full"]
+    targets = torch.where(full, s.batch.targets, -100)
     mask = ff.Batch.ignore(targets, -100)
-    assert torch.equal(mask, MASKS["full"])
+    assert torch.equal(mask, full)
     batch = ff.Batch(s.batch.inputs, targets=targets, mask=mask)
     got = ff.diagonal(s.model, s.likelihood, fisher="empirical")(s.params, s.buffers, batch)
     _, problem = variant(MASKS["full"], None)
@@ -288,6 +290,7 @@ def test_integer_weights_are_floats_or_refused() -> None:
 
 def test_merge_is_the_fisher_of_joined_data() -> None:
     s = base()
+    weights: Any = WEIGHTS["plain"]
     for fisher in ("exact", "empirical"):
         estimator = ff.diagonal(s.model, s.likelihood, fisher=fisher)
         parts = [
@@ -295,7 +298,7 @@ def test_merge_is_the_fisher_of_joined_data() -> None:
                 s.batch,
                 inputs=s.batch.inputs[rows],
                 targets=s.batch.targets[rows],
-                weights=WEIGHTS["plain"][rows],  # type: ignore[index]
+                weights=weights[rows],
             )
             for rows in (slice(0, 1), slice(1, 4))
         ]
@@ -307,3 +310,16 @@ def test_merge_is_the_fisher_of_joined_data() -> None:
         assert_close(merged.values, whole.values)
         assert merged.count == whole.count
         assert_close(ff.merge(ff.empty_like(first), first).values, first.values)
+
+
+def test_a_weight_of_an_example_is_one_of_each_of_its_positions() -> None:
+    s = base()
+    weights = WEIGHTS["plain"]
+    assert weights is not None
+    estimator = ff.diagonal(s.model, s.likelihood, fisher="empirical", unit="position")
+    short, long = (
+        estimator(s.params, s.buffers, dataclasses.replace(s.batch, weights=w))
+        for w in (weights, weights.unsqueeze(1).expand(B, T).contiguous())
+    )
+    assert_close(short.values, long.values)
+    assert short.count == long.count
