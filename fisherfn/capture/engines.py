@@ -103,7 +103,8 @@ class FunctionalRun(Run):
             return out
 
         # only shapes come out of this pass; compiled, it is dead code
-        with torch.no_grad(), Tape(plan, note, plain=plain):
+        leaves = trees.leaves(params)
+        with torch.no_grad(), Tape(plan, leaves, note, plain=plain):
             model(params, buffers, inputs)
         self._bytes = [t.numel() * t.element_size() for t in like]
         zeros = [torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape) for t in like]
@@ -114,7 +115,7 @@ class FunctionalRun(Run):
                 assert out.shape == eps[index].shape, "a tap must not broadcast"
                 return out + eps[index]
 
-            tape = Tape(plan, add, plain=plain)
+            tape = Tape(plan, leaves, add, plain=plain)
             with tape:
                 outputs = model(params, buffers, inputs)
             tape.finish(plan)
@@ -194,8 +195,8 @@ class EagerRun(Run):
             out.register_hook(lambda g: mailbox.deliver(index, g))
             return out
 
-        tape = Tape(plan, tap, plain=False)
         params, buffers, inputs = (_detached(v) for v in (params, buffers, inputs))
+        tape = Tape(plan, trees.leaves(params), tap, plain=False)
         with torch.enable_grad(), tape:
             outputs = model(params, buffers, inputs)
         tape.finish(plan)

@@ -1,9 +1,8 @@
 """Where a model's parameters meet data: the pass that learns the sites.
 
-A `TorchFunctionMode` watches one run of the model, numbers the calls of registered functions,
-recognises
-parameters (and views of them) by identity, and asks the rules what to keep. Whatever else touches a
-parameter is written down as a reason for the general path.
+A `TorchFunctionMode` watches one run of the model, recognises parameters (and views of them) by
+identity, numbers their uses, and asks the rules what to keep. Whatever else touches a parameter is
+written down as a reason for the general path.
 """
 
 from __future__ import annotations
@@ -107,6 +106,48 @@ class Recording:
         self.reasons.setdefault(leaf, reason)
 
 
+class Tracker:
+    """Knows parameters, and views of them, by identity."""
+
+    def __init__(self, leaves: Sequence[Tensor]) -> None:
+        """Recognise `leaves`."""
+        # identity by id is safe only while the tensors live: keep them
+        self.known: dict[int, tuple[int, View]] = {id(t): (i, ()) for i, t in enumerate(leaves)}
+        self.alive: list[Any] = list(leaves)
+
+    def touched(self, args: Any, kwargs: Any) -> list[tuple[Tensor, int, View]]:
+        """Return the parameters among the arguments of a call, with leaf and view."""
+        found = []
+        for value in _flat((args, kwargs)):
+            if isinstance(value, Tensor):
+                known = self.known.get(id(value))
+                if known is not None:
+                    found.append((value, *known))
+        return found
+
+    def follow(
+        self,
+        function: Any,
+        touched: Sequence[tuple[Tensor, int, View]],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
+    ) -> str:
+        """Say what a call does with parameters: "nothing", a "view" (now known too), or a "use"."""
+        results = [t for t in _flat(out) if isinstance(t, Tensor)]
+        if function in _CONSTANTS or not results:
+            return "nothing"  # a constant, or a question such as p.shape
+        if len(touched) == 1:
+            source, leaf, view = touched[0]
+            steps = steps_of(function, source, args, kwargs, out)
+            if steps is not None:
+                for result, step in zip(results, steps, strict=True):
+                    self.known[id(result)] = (leaf, (*view, *step))
+                    self.alive.append(result)
+                return "view"
+        return "use"
+
+
 class SitePass(TorchFunctionMode):
     """Watches one run of the model and fills a `Recording`."""
 
@@ -115,9 +156,7 @@ class SitePass(TorchFunctionMode):
         super().__init__()
         self.recording = recording
         self.number = 0
-        # identity by id is safe only while the tensors live: keep them
-        self.known: dict[int, tuple[int, View]] = {id(t): (i, ()) for i, t in enumerate(leaves)}
-        self.alive: list[Any] = list(leaves)
+        self.tracker = Tracker(leaves)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -133,48 +172,30 @@ class SitePass(TorchFunctionMode):
         self._refuse(function, args, kwargs)
         if is_attention(function):
             self.recording.attention = True
-        rule = rule_for(function)
+        touched = self.tracker.touched(args, kwargs)
         out = function(*args, **kwargs)
-        number = self.number
-        if rule is not None:
-            self.number += 1
-        touched = self._touched(args, kwargs)
         if touched:
-            self._use(function, rule, number, args, kwargs, out, touched)
+            done = self.tracker.follow(function, touched, args, kwargs, out)
+            if done != "nothing":
+                self.recording.seen.update(leaf for _, leaf, _ in touched)
+            if done == "use":
+                self._use(function, args, kwargs, out, touched)
         self._mutation(function, args, kwargs)
         return out
-
-    def _touched(self, args: Any, kwargs: Any) -> list[tuple[Tensor, int, View]]:
-        found = []
-        for value in _flat((args, kwargs)):
-            if isinstance(value, Tensor) and id(value) in self.known:
-                leaf, view = self.known[id(value)]
-                found.append((value, leaf, view))
-        return found
 
     def _use(
         self,
         function: Any,
-        rule: Any,
-        number: int,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         out: Any,
-        touched: list[tuple[Tensor, int, View]],
+        touched: Sequence[tuple[Tensor, int, View]],
     ) -> None:
-        results = [t for t in _flat(out) if isinstance(t, Tensor)]
-        if function in _CONSTANTS or not results:
-            return  # a constant, or a question such as p.shape
-        self.recording.seen.update(leaf for _, leaf, _ in touched)
-        if len(touched) == 1:
-            source, leaf, view = touched[0]
-            steps = steps_of(function, source, args, kwargs, out)
-            if steps is not None:
-                for result, step in zip(results, steps, strict=True):
-                    self.known[id(result)] = (leaf, (*view, *step))
-                    self.alive.append(result)
-                return
-        site = None if rule is None else self._site(function, rule, number, args, kwargs, out)
+        rule = rule_for(function)
+        site = None
+        if rule is not None:
+            site = self._site(function, rule, self.number, args, kwargs, out)
+            self.number += 1
         if site is None:
             name = getattr(function, "__name__", str(function))
             for _, leaf, _ in touched:
@@ -199,7 +220,9 @@ class SitePass(TorchFunctionMode):
             return None
         arguments = bind(rule, args, kwargs)
         tracked = {
-            n: v for n, v in arguments.items() if isinstance(v, Tensor) and id(v) in self.known
+            n: v
+            for n, v in arguments.items()
+            if isinstance(v, Tensor) and id(v) in self.tracker.known
         }
         match = rule.match(Call(rule.name, arguments, tracked, tuple(out.shape)))
         if match is None:
@@ -209,12 +232,12 @@ class SitePass(TorchFunctionMode):
             return None
         roles = []
         for role in match.roles:
-            leaf, view = self.known[id(arguments[role.argument])]
+            leaf, view = self.tracker.known[id(arguments[role.argument])]
             roles.append(RoleUse(leaf, role.argument, view, role.builder))
         leaves = [role.leaf for role in roles]
         for t in kept:
             self.recording.kept.append((t, version(t), leaves))
-            self.alive.append(t)
+            self.tracker.alive.append(t)
         shapes = tuple(tuple(t.shape) for t in kept)
         return SiteCall(
             number,

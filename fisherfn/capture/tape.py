@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fisherfn.capture.plan import Axis, Plan, Tap
-from fisherfn.capture.sites import is_attention, rewritten
+from fisherfn.capture.sites import Tracker, is_attention, rewritten
 from fisherfn.core.errors import UnsupportedError
 from fisherfn.layers import attention
 from fisherfn.layers.form import Form
@@ -34,10 +34,16 @@ class Tape(TorchFunctionMode):
     """Replays a plan: taps the outputs of planned calls and keeps what rules need."""
 
     def __init__(
-        self, plan: Plan, tap: Callable[[int, Tap, Tensor], Tensor], *, plain: bool
+        self,
+        plan: Plan,
+        leaves: Sequence[Tensor],
+        tap: Callable[[int, Tap, Tensor], Tensor],
+        *,
+        plain: bool,
     ) -> None:
         """Call `tap(index, tap, output)` at each tapped call; `plain` rewrites fused attention."""
         super().__init__()
+        self.tracker = Tracker(leaves)
         self.taps = {t.number: (i, t) for i, t in enumerate(plan.taps)}
         self.tap = tap
         self.plain = plain
@@ -57,7 +63,10 @@ class Tape(TorchFunctionMode):
             return attention.multi_head_attention(self.call, arguments)
         if self.plain and is_attention(function):
             return attention.plain_attention(*args, **kwargs)
+        touched = self.tracker.touched(args, kwargs)
         out = function(*args, **kwargs)
+        if not touched or self.tracker.follow(function, touched, args, kwargs, out) != "use":
+            return out
         rule = rule_for(function)
         if rule is None:
             return out
@@ -68,7 +77,7 @@ class Tape(TorchFunctionMode):
         index, tap = planned
         if tap.function is not function or out.dim() != tap.rank or index != len(self.kept):
             raise PlanMismatchError(
-                f"capture: expected call {tap.number} to be {tap.rule} with {tap.rank} axes, got "
+                f"capture: expected use {tap.number} to be {tap.rule} with {tap.rank} axes, got "
                 f"{getattr(function, '__name__', function)} with {out.dim()}. The model's layers "
                 "depend on the data."
             )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -201,3 +203,62 @@ def test_a_parameter_that_the_first_batch_does_not_use() -> None:
     truth = oracles.unravel(oracles.diagonal(problem, "empirical"), problem.params)
     batch = ff.Batch(-positive, targets=s.batch.targets)
     right_or_refused(lambda: estimator(s.params, s.buffers, batch), truth)
+
+
+@pytest.mark.parametrize("lengths", [(1, 3), (3, 1), (2, 3), (3, 2)])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "linear_3d",
+        "linear_4d",
+        "embedding",
+        "embedding_pooled",
+        "layer_norm",
+        "scale_vector",
+        "chunked",
+        "flattened_batch",
+        "flattened_batch_time_first",
+        "time_first",
+        "positional_embedding",
+        "positional_parameter_sliced",
+        "recurrent_reuse",
+        "tied_embedding_and_head",
+        "class_token",
+        "mha",
+        "mha_time_first",
+        "mha_bias_kv",
+        "mha_learned_query",
+        "encoder_layer",
+        "encoder_layer_time_first",
+        "grouped_query_attention",
+        "lstm",
+        "mask_token",
+    ],
+)
+def test_sequences_of_other_lengths(name: str, lengths: tuple[int, int]) -> None:
+    """A plan made for one length of the inputs, one above all, answers for every other."""
+    s = cases.ALL[name].setup()
+    estimator = ff.per_sample_gradients(s.model, s.likelihood)
+    for length in lengths:
+        inputs = s.batch.inputs[:, :length]
+        plain = oracles.Problem(s.problem.forward, s.problem.params, inputs, s.problem.family)
+        shape = (inputs.shape[0], *plain.positions())
+        targets = torch.arange(math.prod(shape)).reshape(shape) % 3
+        problem = dataclasses.replace(plain, targets=targets)
+        got = estimator(s.params, s.buffers, ff.Batch(inputs, targets=targets))
+        assert_close(got, oracles.unravel(oracles.scores(problem), s.problem.params))
+
+
+@pytest.mark.parametrize(
+    ("name", "size"), [("conv1d_stride_padding", 7), ("conv2d_same", 5), ("conv3d", 4)]
+)
+def test_images_of_other_sizes(name: str, size: int) -> None:
+    s = cases.ALL[name].setup()
+    estimator = ff.per_sample_gradients(s.model, s.likelihood)
+    for width in (size, size - 1, size):
+        inputs = s.batch.inputs[..., :width]
+        problem = oracles.Problem(
+            s.problem.forward, s.problem.params, inputs, s.problem.family, s.problem.targets
+        )
+        got = estimator(s.params, s.buffers, ff.Batch(inputs, targets=s.batch.targets))
+        assert_close(got, oracles.unravel(oracles.scores(problem), s.problem.params))
