@@ -70,8 +70,10 @@ def norms(workload: Workload, targets: Tensor) -> Values:
 
 def gram(workload: Workload, targets: Tensor) -> Values:
     """Return the inner products of the scores, `[B, B]`, under the name `gram`."""
-    flat = [torch.cat([g.flatten() for g in row.values()]) for row in scores(workload, targets)]
-    matrix = torch.stack(flat)
+    params = list(workload.module.parameters())
+    matrix = params[0].new_empty(workload.examples, sum(p.numel() for p in params))
+    for n, row in enumerate(scores(workload, targets)):
+        matrix[n] = torch.cat([g.flatten() for g in row.values()])
     return {"gram": matrix @ matrix.T}
 
 

@@ -6,6 +6,7 @@ the model depends on neither batching nor on where a run was interrupted.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +45,20 @@ class Job:
         pad: int,
         device: torch.device,
     ) -> Job:
-        """Set up the estimator for a causal language model in evaluation mode."""
+        """Set up the estimator for a causal language model in evaluation mode.
+
+        Returns:
+            The job.
+
+        Raises:
+            OptionError: No parameter is selected.
+        """
+        names = [name for name, _ in module.named_parameters()]
+        if options.select is not None and not any(re.search(options.select, n) for n in names):
+            raise ff.OptionError(
+                f"--select: expected an expression that some parameter's name contains, got "
+                f"{options.select!r}. There are {len(names)}, such as {', '.join(names[:3])}."
+            )
         model, params, buffers = ff.functional(module, select=options.select)
         estimator = ff.diagonal(
             model,

@@ -72,7 +72,7 @@ def progress(console: Console, total: int, before: int = 0) -> Iterator[Ticker]:
         def tick(samples: int, tokens: int) -> None:
             nonlocal seen
             seen += tokens
-            bar.update(task, advance=samples, tokens=seen, refresh=True)
+            bar.update(task, advance=samples, tokens=seen)
 
         yield tick
 

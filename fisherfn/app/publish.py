@@ -48,7 +48,7 @@ def publish(
             # Contiguous, since sums depend on the strides and a resumed run has lost them.
             values = {name: value.cpu().contiguous() for name, value in total.values.items()}
             report = Report.of(values, options.granularity)
-            header = {key: str(about[key]) for key in ("model", "fisher", "unit", "count", "seed")}
+            header = {key: about[key] for key in ("model", "fisher", "unit", "count", "seed")}
             write_diagonal(staging / name, values, options.format, header)
             sync(staging / name)
         about |= timing(run, clock, about["count"])

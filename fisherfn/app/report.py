@@ -105,7 +105,7 @@ class Report:
 
 
 def write_diagonal(
-    path: Path, values: Mapping[str, Tensor], form: str, metadata: Mapping[str, str]
+    path: Path, values: Mapping[str, Tensor], form: str, metadata: Mapping[str, Any]
 ) -> None:
     """Write `{name: float32 tensor}` as safetensors or, for `form="pt"`, by `torch.save`."""
     tensors = {
@@ -119,7 +119,8 @@ def write_diagonal(
         return
     from safetensors.torch import save_file
 
-    save_file(tensors, path, metadata={"format": "pt", **metadata})
+    # One entry: with more, their order, and so the file's bytes, would change from run to run.
+    save_file(tensors, path, metadata={"fisherfn.fim": json.dumps(metadata)})
 
 
 def _write_json(path: Path, content: Any) -> None:

@@ -139,7 +139,7 @@ def check_causal(config: Any, name: str) -> None:
     what = ", ".join(architectures) or config.model_type
     raise UnsupportedError(
         f"--model: fim computes the Fisher of causal language models, got {what} in {name}. For "
-        "other models use the library: ff.diagonal(*ff.functional(model), ...)."
+        "other models use the library: ff.functional and ff.diagonal."
     )
 
 

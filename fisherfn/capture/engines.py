@@ -104,7 +104,7 @@ class FunctionalRun(Run):
 
         # only shapes come out of this pass; compiled, it is dead code
         leaves = trees.leaves(params)
-        with torch.no_grad(), Tape(plan, leaves, note, plain=plain):
+        with torch.no_grad(), Tape(plan, leaves, batch, note, plain=plain):
             model(params, buffers, inputs)
         self._bytes = [t.numel() * t.element_size() for t in like]
         zeros = [torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape) for t in like]
@@ -115,7 +115,7 @@ class FunctionalRun(Run):
                 assert out.shape == eps[index].shape, "a tap must not broadcast"
                 return out + eps[index]
 
-            tape = Tape(plan, leaves, add, plain=plain)
+            tape = Tape(plan, leaves, batch, add, plain=plain)
             with tape:
                 outputs = model(params, buffers, inputs)
             tape.finish(plan)
@@ -185,18 +185,22 @@ class EagerRun(Run):
 
         def tap(index: int, tap: Tap, out: Tensor) -> Tensor:
             out = spread(out, tap, batch)
+            self._shapes.append((out.shape, out.dtype, out.device))
+            if not torch.is_grad_enabled():
+                # no_grad in the model: a constant to autograd, so its cotangent is zero
+                self._edges.append(None)
+                return out
             if not out.requires_grad:
                 root = out.detach().requires_grad_()
                 self._roots.append(root)
                 out = root.clone()  # not a leaf: the model may write into it
             # the edge stays right when the output is written to later
             self._edges.append(get_gradient_edge(out))
-            self._shapes.append((out.shape, out.dtype, out.device))
             out.register_hook(lambda g: mailbox.deliver(index, g))
             return out
 
         params, buffers, inputs = (_detached(v) for v in (params, buffers, inputs))
-        tape = Tape(plan, trees.leaves(params), tap, plain=False)
+        tape = Tape(plan, trees.leaves(params), batch, tap, plain=False)
         with torch.enable_grad(), tape:
             outputs = model(params, buffers, inputs)
         tape.finish(plan)
@@ -217,7 +221,7 @@ class EagerRun(Run):
             if out.requires_grad
         ]
         if not pairs:
-            self._missing(receive, set())
+            self._missing(receive, set(), trees.leaves(cotangents)[0].shape[0])
             return
         outputs, many = [out for out, _ in pairs], [c for _, c in pairs]
         columns = many[0].shape[0]
@@ -225,7 +229,7 @@ class EagerRun(Run):
             found = self._batched(outputs, many, last)
             if found is not None:
                 arrived = {i for i, g in enumerate(found) if g is not None}
-                self._missing(receive, arrived)
+                self._missing(receive, arrived, columns)
                 for index in range(len(found)):
                     g, found[index] = found[index], None
                     if g is not None:
@@ -235,13 +239,14 @@ class EagerRun(Run):
             keep = not last or k < columns - 1
             with self._mailbox.opened(receive) as seen:
                 self._backward(outputs, [c[k] for c in many], keep)
-            self._missing(receive, seen)
+            self._missing(receive, seen, 1)
 
     def _backward(self, outputs: list[Tensor], cotangents: list[Tensor], keep: bool) -> None:
         try:
-            torch.autograd.grad(
-                outputs, self._roots, cotangents, retain_graph=keep, allow_unused=True
-            )
+            if self._roots:
+                torch.autograd.grad(
+                    outputs, self._roots, cotangents, retain_graph=keep, allow_unused=True
+                )
         except RuntimeError as error:
             refuse_checkpointing(error)
             raise
@@ -254,24 +259,24 @@ class EagerRun(Run):
             # an operation without a batching rule warns and falls back to a slow loop
             warnings.simplefilter("error")
             try:
-                return list(
-                    torch.autograd.grad(
-                        outputs,
-                        self._edges,
-                        cotangents,
-                        retain_graph=True,
-                        allow_unused=True,
-                        is_grads_batched=True,
-                    )
+                found = torch.autograd.grad(
+                    outputs,
+                    [edge for edge in self._edges if edge is not None],
+                    cotangents,
+                    retain_graph=True,
+                    allow_unused=True,
+                    is_grads_batched=True,
                 )
             except (RuntimeError, UserWarning):
                 return None
+        rest = iter(found)
+        return [None if edge is None else next(rest) for edge in self._edges]
 
-    def _missing(self, receive: Receiver, arrived: set[int]) -> None:
+    def _missing(self, receive: Receiver, arrived: set[int], columns: int) -> None:
         """Deliver zeros for taps that the outputs do not depend on."""
         for index, (shape, dtype, device) in enumerate(self._shapes):
             if index not in arrived:
-                receive(index, torch.zeros((), dtype=dtype, device=device).expand(1, *shape))
+                receive(index, torch.zeros((), dtype=dtype, device=device).expand(columns, *shape))
 
 
 def refuse_checkpointing(error: RuntimeError) -> None:

@@ -23,6 +23,9 @@ from fisherfn.core.modes import version
 from fisherfn.layers.registry import Builder
 from fisherfn.layers.views import View
 
+#: Why a parameter that no watched call has touched takes the general path.
+INVISIBLE = "no visible use"
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -57,6 +60,7 @@ class Tap:
     kept_axes: tuple[Axis | None, ...]
     rank: int
     axis: Axis | None
+    leading: bool
     uses: tuple[Use, ...]
 
 
@@ -92,12 +96,15 @@ class Plan:
 
 
 def examples(inputs: Any, count: int) -> Any:
-    """Return the first `count` examples of `inputs`, starting over where there are fewer."""
+    """Return `count` examples of `inputs`: the first, the second, the first again.
+
+    No sorting by data leaves such a sequence as it is, unless the two are equal.
+    """
     leaves, structure = trees.flatten(inputs)
     taken = []
     for t in leaves:
         if isinstance(t, Tensor):
-            index = torch.arange(count, device=t.device) % t.shape[0]
+            index = torch.arange(count, device=t.device) % min(2, t.shape[0])
             t = t.index_select(0, index)
         taken.append(t)
     return trees.unflatten(structure, taken)
@@ -114,20 +121,21 @@ def build(
         copies = trees.map(lambda t: t.clone() if isinstance(t, Tensor) else t, buffers)
         few = examples(inputs, count)
         out, recording = record(lambda c=copies, f=few: model(params, c, f), leaves)
-        _check_buffers(copies, buffers)
+        _check_unwritten("buffers", copies)
+        _check_unwritten("inputs", few)
         recordings.append(recording)
         outputs.append(out)
     return _combine(recordings, counts, leaves), (outputs[0], outputs[1])
 
 
-def _check_buffers(copies: Any, buffers: Any) -> None:
-    paths = trees.paths(buffers)
-    for path, copy in zip(paths, trees.leaves(copies), strict=True):
-        # a clone starts at version 0
+def _check_unwritten(what: str, copies: Any) -> None:
+    for path, copy in zip(trees.paths(copies), trees.leaves(copies), strict=True):
+        # a copy starts at version 0
         if isinstance(copy, Tensor) and version(copy) > 0:
+            where = f"{what}['{path}']" if path else what
             raise UnsupportedError(
-                f"capture: expected a model that only reads its buffers, got one that writes to "
-                f"'{path}'. Call module.eval(), or make the function return new values instead."
+                f"capture: expected a model that only reads its {what}, got one that writes to "
+                f"{where}. Call module.eval(), or let the function work on a copy."
             )
 
 
@@ -149,11 +157,16 @@ def _combine(
         tap = _tap(a, b, counts, reasons)
         if tap is not None:
             taps.append(tap)
-    for i in range(len(leaves)):
-        if i not in first.seen and i not in second.seen:
-            reasons.setdefault(i, "no visible use")
     plan = Plan(tuple(taps), {}, frozenset(), first.attention or second.attention)
-    return plan.without(reasons)
+    plan = plan.without(reasons)
+    captured = {use.leaf for tap in plan.taps for use in tap.uses}
+    seen = first.seen | second.seen
+    missing = {
+        i: "used in a way that gives no output" if i in seen else INVISIBLE
+        for i in range(len(leaves))
+        if i not in captured
+    }
+    return plan.without(missing)
 
 
 def _tap(a: SiteCall, b: SiteCall, counts: tuple[int, int], reasons: dict[int, str]) -> Tap | None:
@@ -182,7 +195,11 @@ def _tap(a: SiteCall, b: SiteCall, counts: tuple[int, int], reasons: dict[int, s
             uses.append(Use(role.leaf, role.argument, role.view, role.builder))
         else:
             reasons.setdefault(role.leaf, f"{a.rule} that acts along the axis of examples")
-    return Tap(a.number, a.function, a.rule, a.kept, tuple(kept_axes), rank, where, tuple(uses))
+    # a table indexed by [1, T] gives [1, T, D]; one indexed by [T] has no axis to spare
+    leading = where is None and len(a.kept_shapes[0]) > 1 and a.output_shape[0] == 1
+    return Tap(
+        a.number, a.function, a.rule, a.kept, tuple(kept_axes), rank, where, leading, tuple(uses)
+    )
 
 
 def find_axis(a: Sequence[int], b: Sequence[int], counts: tuple[int, int]) -> Axis | str:

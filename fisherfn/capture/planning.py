@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.capture.check import check, check_examples_apart
-from fisherfn.capture.engines import refuse_checkpointing
+from fisherfn.capture.engines import refuse_checkpointing, size_of
 from fisherfn.capture.plan import Plan, build
 from fisherfn.core import trees
 from fisherfn.core.modes import concrete
@@ -20,10 +20,11 @@ _KEPT = 32
 _PLANS: weakref.WeakKeyDictionary[Any, OrderedDict[Any, Plan]] = weakref.WeakKeyDictionary()
 
 
-def plan_for(model: Any, params: Any, buffers: Any, inputs: Any) -> Plan:
+def plan_for(model: Any, params: Any, buffers: Any, inputs: Any, *, afresh: bool = False) -> Plan:
     """Return the plan of a model for inputs of this structure, building and checking it if needed.
 
-    A plan depends on ranks and data types, not on sizes. Inside a transformation values cannot be
+    A plan depends on ranks and data types, not on sizes; `afresh` makes one for these very sizes.
+    Inside a transformation values cannot be
     compared: a plan that was checked before is used, otherwise one that rests on structure alone.
 
     Raises:
@@ -32,9 +33,10 @@ def plan_for(model: Any, params: Any, buffers: Any, inputs: Any) -> Plan:
     """
     key = _structure(params, buffers, inputs)
     known = _of(model)
-    plan = None if known is None else known.get(key)
-    if plan is not None:
-        return plan
+    if known is not None and not afresh:
+        plan = known.get((key, _sizes(inputs))) or known.get(key)
+        if plan is not None:
+            return plan
     try:
         plan, outputs = build(model, params, buffers, inputs, _COUNTS)
     except RuntimeError as error:
@@ -44,19 +46,27 @@ def plan_for(model: Any, params: Any, buffers: Any, inputs: Any) -> Plan:
         return plan
     with torch.no_grad():
         check_examples_apart(outputs, _COUNTS)
-        plan = check(model, params, buffers, inputs, plan, outputs[0])
-    if known is not None:
-        remember(model, params, buffers, inputs, plan)
+        plan = check(model, params, buffers, inputs, plan, outputs[1])
+    remember(model, params, buffers, inputs, plan, exactly=afresh)
     return plan
 
 
-def remember(model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan) -> None:
-    """Keep a plan with the model, as long as the model lives."""
+def remember(
+    model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan, *, exactly: bool
+) -> None:
+    """Keep a plan with the model, as long as the model lives; `exactly` for these sizes only."""
     known = _of(model)
     if known is not None:
-        known[_structure(params, buffers, inputs)] = plan
+        key = _structure(params, buffers, inputs)
+        known[(key, _sizes(inputs)) if exactly else key] = plan
         while len(known) > _KEPT:
             known.popitem(last=False)
+
+
+def _sizes(inputs: Any) -> Any:
+    return tuple(
+        tuple(int(n) for n in t.shape) for t in trees.leaves(inputs) if isinstance(t, Tensor)
+    )
 
 
 def _of(model: Any) -> OrderedDict[Any, Plan] | None:
@@ -82,4 +92,6 @@ def _structure(params: Any, buffers: Any, inputs: Any) -> Any:
         (t.dim(), t.dtype, t.device.type) if isinstance(t, Tensor) else repr(t) for t in leaves
     )
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
-    return str(structure), ranks, sizes(params), sizes(buffers), autocast
+    # one example shows less than two do: what was learned from it serves single examples only
+    single = size_of(inputs) == 1
+    return str(structure), ranks, sizes(params), sizes(buffers), autocast, single

@@ -62,7 +62,8 @@ class Captured:
         self._general(cotangents, consume, composed)
         for leaf in self.plan.unused:
             t = wide(self.leaves[leaf])
-            zero = t.new_zeros(()).expand(1, self.batch, *t.shape)
+            columns = trees.leaves(cotangents)[0].shape[0]
+            zero = t.new_zeros(()).expand(columns, self.batch, *t.shape)
             consume(leaf, LeafScores(((Direct(zero), ()),), tuple(t.shape)))
 
     def pull_only(self, cotangents: Any, consume: Consumer, *, last: bool = True) -> None:

@@ -50,6 +50,7 @@ _DROPOUTS = (
     F.feature_alpha_dropout,
     torch.dropout,
 )
+_NOISY = frozenset([*_DROPOUTS, F.batch_norm, _SDPA])
 _CONSTANTS = (torch.Tensor.detach, getter("data"))
 
 
@@ -135,7 +136,7 @@ class Tracker:
     ) -> str:
         """Say what a call does with parameters: "nothing", a "view" (now known too), or a "use"."""
         results = [t for t in _flat(out) if isinstance(t, Tensor)]
-        if function in _CONSTANTS or not results:
+        if function in _CONSTANTS or not (results or out is None):
             return "nothing"  # a constant, or a question such as p.shape
         if len(touched) == 1:
             source, leaf, view = touched[0]
@@ -169,7 +170,7 @@ class SitePass(TorchFunctionMode):
         arguments = rewritten(function, args, kwargs)
         if arguments is not None:
             return attention.multi_head_attention(self.call, arguments)
-        self._refuse(function, args, kwargs)
+        refuse_noise(function, args, kwargs)
         if is_attention(function):
             self.recording.attention = True
         touched = self.tracker.touched(args, kwargs)
@@ -268,17 +269,21 @@ class SitePass(TorchFunctionMode):
                     self.recording.blame(leaf, "its layer's input is overwritten in place")
         self.recording.kept.clear()
 
-    def _refuse(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        name = getattr(function, "__name__", "")
-        if function in _DROPOUTS:
-            p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-            on = kwargs.get("training", args[2] if len(args) > 2 else name != "dropout")
-            if on and p:
-                attention.refuse_random(name, f"p={p} in training mode")
-        elif function is F.batch_norm and kwargs.get("training", len(args) > 5 and args[5]):
-            attention.refuse_random("batch_norm", "statistics of the batch (training mode)")
-        elif function is _SDPA and kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0):
-            attention.refuse_random(name, "dropout")
+
+def refuse_noise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse calls that make outputs random or mix the examples of a batch."""
+    if function not in _NOISY:
+        return
+    name = getattr(function, "__name__", "")
+    if function in _DROPOUTS:
+        p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
+        on = kwargs.get("training", args[2] if len(args) > 2 else name != "dropout")
+        if on and p:
+            attention.refuse_random(name, f"p={p} in training mode")
+    elif function is F.batch_norm and kwargs.get("training", len(args) > 5 and args[5]):
+        attention.refuse_random("batch_norm", "statistics of the batch (training mode)")
+    elif function is _SDPA and kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0):
+        attention.refuse_random(name, "dropout")
 
 
 def _flat(value: Any) -> list[Any]:

@@ -3,10 +3,13 @@
 Two engines do the same thing. The functional one adds a zero to the output of every tapped call and
 takes `torch.func.vjp` with respect to the zeros: it composes with every transformation and with
 `torch.compile`. The eager one reads the same cotangents from autograd's own graph, without the
-additions
-and without the wrappers of `torch.func`; it may not be used under a transformation or where the
-result
-must be differentiable itself.
+additions and without the wrappers of `torch.func`; it may not be used under a transformation or
+where
+the result must be differentiable itself.
+
+Every run is compared with its plan, use by use: which parameter, through which view, in which call,
+with the examples along which axis. A model that behaves otherwise than when it was planned is
+noticed.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fisherfn.capture.plan import Axis, Plan, Tap
-from fisherfn.capture.sites import Tracker, is_attention, rewritten
+from fisherfn.capture.sites import Tracker, is_attention, refuse_noise, rewritten
 from fisherfn.core.errors import UnsupportedError
 from fisherfn.layers import attention
 from fisherfn.layers.form import Form
@@ -30,6 +33,14 @@ class PlanMismatchError(UnsupportedError):
     """A run of the model made other calls than its plan says."""
 
 
+def _mismatch(what: str) -> PlanMismatchError:
+    return PlanMismatchError(
+        f"capture: expected the calls of the plan, but {what}. The model's layers depend on the "
+        "data; "
+        "call the estimator once outside of the transformation with such data."
+    )
+
+
 class Tape(TorchFunctionMode):
     """Replays a plan: taps the outputs of planned calls and keeps what rules need."""
 
@@ -37,6 +48,7 @@ class Tape(TorchFunctionMode):
         self,
         plan: Plan,
         leaves: Sequence[Tensor],
+        batch: int,
         tap: Callable[[int, Tap, Tensor], Tensor],
         *,
         plain: bool,
@@ -45,6 +57,8 @@ class Tape(TorchFunctionMode):
         super().__init__()
         self.tracker = Tracker(leaves)
         self.taps = {t.number: (i, t) for i, t in enumerate(plan.taps)}
+        self.general = plan.general
+        self.batch = batch
         self.tap = tap
         self.plain = plain
         self.number = 0
@@ -63,36 +77,55 @@ class Tape(TorchFunctionMode):
             return attention.multi_head_attention(self.call, arguments)
         if self.plain and is_attention(function):
             return attention.plain_attention(*args, **kwargs)
+        refuse_noise(function, args, kwargs)
         touched = self.tracker.touched(args, kwargs)
         out = function(*args, **kwargs)
         if not touched or self.tracker.follow(function, touched, args, kwargs, out) != "use":
             return out
         rule = rule_for(function)
-        if rule is None:
-            return out
-        planned = self.taps.get(self.number)
-        self.number += 1
-        if planned is None:
+        planned = None
+        if rule is not None:
+            planned = self.taps.get(self.number)
+            self.number += 1
+        captured = [leaf for _, leaf, _ in touched if leaf not in self.general]
+        if planned is None or rule is None:
+            if captured:
+                raise _mismatch(f"a parameter is used in {getattr(function, '__name__', function)}")
             return out
         index, tap = planned
-        if tap.function is not function or out.dim() != tap.rank or index != len(self.kept):
-            raise PlanMismatchError(
-                f"capture: expected use {tap.number} to be {tap.rule} with {tap.rank} axes, got "
-                f"{getattr(function, '__name__', function)} with {out.dim()}. The model's layers "
-                "depend on the data."
-            )
         arguments = bind(rule, args, kwargs)
-        self.kept.append(tuple(arguments[n] for n in tap.kept))
+        kept = tuple(arguments.get(n) for n in tap.kept)
+        self._compare(tap, function, arguments, captured, out)
+        if index != len(self.kept) or not all(isinstance(t, Tensor) for t in kept):
+            raise _mismatch(f"{tap.rule} comes in another order or with other arguments")
+        self.kept.append(kept)
         return self.tap(index, tap, out)
+
+    def _compare(
+        self, tap: Tap, function: Any, arguments: dict[str, Any], captured: list[int], out: Any
+    ) -> None:
+        """Raise unless a call is the one that was planned."""
+        if tap.function is not function or not isinstance(out, Tensor) or out.dim() != tap.rank:
+            raise _mismatch(f"{tap.rule} was planned, {getattr(function, '__name__', '?')} came")
+        for use in tap.uses:
+            seen = self.tracker.known.get(id(arguments.get(use.argument)))
+            if seen != (use.leaf, use.view):
+                raise _mismatch(f"{tap.rule} uses another parameter, or another part of it")
+        if not set(captured) <= {use.leaf for use in tap.uses}:
+            raise _mismatch(f"{tap.rule} uses one more parameter")
+        if tap.axis is None:
+            if tap.leading and out.shape[0] != 1:
+                raise _mismatch(f"{tap.rule} has another leading axis")
+        elif tap.axis.flat:
+            if out.shape[tap.axis.index] % self.batch:
+                raise _mismatch(f"{tap.rule} has no whole number of rows an example")
+        elif out.shape[tap.axis.index] != self.batch:
+            raise _mismatch(f"{tap.rule} has the examples along another axis")
 
     def finish(self, plan: Plan) -> None:
         """Check that every planned call happened."""
         if len(self.kept) != len(plan.taps):
-            raise PlanMismatchError(
-                f"capture: expected {len(plan.taps)} tapped calls, got {len(self.kept)}. The "
-                "model's "
-                "layers depend on the data."
-            )
+            raise _mismatch(f"{len(plan.taps)} uses were planned, {len(self.kept)} came")
 
 
 def canonical(t: Tensor, axis: Axis | None, batch: int, lead: int = 0) -> Tensor:
@@ -145,6 +178,6 @@ def spread(out: Tensor, tap: Tap, batch: int) -> Tensor:
     """Give an output without examples an axis of them, in front."""
     if tap.axis is not None:
         return out
-    if out.dim() and out.shape[0] == 1:
+    if tap.leading:
         return out.expand(batch, *out.shape[1:])
     return out.expand(batch, *out.shape)

@@ -126,7 +126,10 @@ def check_batch(caller: str, batch: Any) -> int:
             )
         size = leaf.shape[0]
     if size is None:
-        raise ShapeError(f"{caller}: expected a tensor among the inputs, got none.")
+        raise ShapeError(
+            f"{caller}: expected a tensor among the inputs, got none. Give a tensor, a tuple or a "
+            "mapping of tensors whose leading axis is the examples."
+        )
     if size == 0:
         raise DataError(f"{caller}: expected at least one example, got an empty batch. Skip it.")
     for path, leaf in zip(trees.paths(batch.targets), trees.leaves(batch.targets), strict=True):
@@ -194,13 +197,14 @@ def check_positions(caller: str, batch: Batch, shape: tuple[int, ...], unit: str
     for name, value in (("mask", batch.mask), ("positions", batch.positions)):
         if value is None:
             continue
-        fits = value.dim() <= len(shape) and all(
-            n in (1, m) for n, m in zip(value.shape, shape, strict=False)
+        own = tuple(value.shape)
+        fits = len(own) <= len(shape) and all(
+            n in (1, m) for n, m in zip(own[::-1], shape[::-1], strict=False)
         )
-        if not fits or value.dim() == 0:
+        if not fits:
             raise ShapeError(
                 f"{caller}: expected {name} to broadcast to the shape of log_prob, {shape}, got "
-                f"{tuple(value.shape)}. Its axes are [B, *positions]."
+                f"{own}. Its axes are [B, *positions]; a mask of examples alone is mask[:, None]."
             )
     if batch.weights is None:
         return
@@ -209,5 +213,6 @@ def check_positions(caller: str, batch: Batch, shape: tuple[int, ...], unit: str
         wanted = " or ".join(str(s) for s in dict.fromkeys(allowed))
         raise ShapeError(
             f"{caller}: expected weights of shape {wanted} for unit={unit!r}, got "
-            f"{tuple(batch.weights.shape)}. A weight belongs to a unit."
+            f"{tuple(batch.weights.shape)}. A weight belongs to a unit; those of positions need "
+            "unit='position'."
         )

@@ -18,6 +18,9 @@ from fisherfn.layers.leaf import LeafScores
 from fisherfn.layers.numerics import accumulate
 from fisherfn.likelihoods import resolve
 
+#: Bytes of the largest result that is made.
+MATRIX_BUDGET = 16 * 2**30
+
 
 class OuterSum(Statistic):
     """Sums of `s sᵀ` over groups of parameters."""
@@ -34,8 +37,10 @@ class OuterSum(Statistic):
 
     def begin(self, params: Any) -> None:
         """Put all parameters into one group."""
-        self.groups = [list(range(len(trees.leaves(params))))]
+        leaves = trees.leaves(params)
+        self.groups = [list(range(len(leaves)))]
         self.blocks = [None]
+        _check_size("dense", leaves, self.groups)
 
     def take(self, leaf: int, scores: LeafScores, root_weights: Tensor) -> None:
         """Keep this parameter's rows until the others have come."""
@@ -76,6 +81,21 @@ class BlockSum(OuterSum):
         place = {path: i for i, path in enumerate(layout.paths)}
         self.groups = [[place[p] for p in paths] for _, paths in _groups(layout, self.by)]
         self.blocks = [None] * len(self.groups)
+        _check_size("block_diagonal", trees.leaves(params), self.groups)
+
+
+def _check_size(caller: str, leaves: list[Tensor], groups: list[list[int]]) -> None:
+    """Refuse matrices that no machine should be asked for."""
+    needed = 0
+    for group in groups:
+        size = sum(leaves[i].numel() for i in group)
+        needed += size * size * max(4, *(leaves[i].element_size() for i in group))
+    if needed > MATRIX_BUDGET:
+        smaller = "block_diagonal() or diagonal()" if caller == "dense" else "diagonal()"
+        raise OptionError(
+            f"{caller}: expected matrices of at most {MATRIX_BUDGET / 2**30:.0f} GiB, got "
+            f"{needed / 2**30:.3g} GiB. Use {smaller}, or select fewer parameters."
+        )
 
 
 def _groups(layout: Layout, by: str) -> Any:
@@ -203,6 +223,11 @@ def block_diagonal(
         "chunk_size": chunk_size,
     }
     lik = resolve("block_diagonal", likelihood)
+
+    def rebuild(found: Any, params: Any) -> BlockDiagonal:
+        layout = Layout.of(params)
+        return BlockDiagonal(*found, layout, _groups(layout, by), fisher=fisher, unit=unit)
+
     return Estimator(
-        "block_diagonal", model, lik, options, labels, lambda: BlockSum(num_samples, by)
+        "block_diagonal", model, lik, options, labels, lambda: BlockSum(num_samples, by), rebuild
     )

@@ -56,7 +56,7 @@ class SquareSum(Statistic):
         stderr = None
         if self.num_samples > 1:
             scale = 1.0 / (self._draws * (self._draws - 1))
-            errors = [(self._m2[i] * scale).sqrt() for i in range(len(frame.leaves))]
+            errors = [_root(self._m2[i] * scale) for i in range(len(frame.leaves))]
             stderr = trees.unflatten(structure, errors)
         return Diagonal(
             trees.unflatten(structure, ordered),
@@ -65,6 +65,12 @@ class SquareSum(Statistic):
             fisher=frame.fisher,
             unit=frame.unit,
         )
+
+
+def _root(variance: Tensor) -> Tensor:
+    """Return the square root, with derivative zero where draws agree."""
+    spread = variance > 0
+    return torch.where(spread, torch.where(spread, variance, 1.0).sqrt(), 0.0)
 
 
 def diagonal(

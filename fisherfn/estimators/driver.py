@@ -68,25 +68,35 @@ def evaluate(
     chunk_size: int | None,
 ) -> list[Any]:
     """Do all tasks on one batch and return their results."""
+    if torch.is_inference_mode_enabled():
+        with torch.inference_mode(False):
+            params, buffers, batch, key = trees.map(_normal, (params, buffers, batch, key))
+            return evaluate(
+                caller, model, likelihood, tasks, params, buffers, batch, key, chunk_size
+            )
     leaves = checks.check_params(caller, params)
     size = checks.check_batch(caller, batch)
     for task in tasks:
         checks.check_key(caller, task.labels, key)
     plan = plan_for(model, params, buffers, batch.inputs)
-    jobs = [_Job(task.labels, task.make()) for task in tasks]
-    loop = _Loop(caller, model, likelihood, jobs, params, buffers, batch, key, size)
-    try:
-        totals = loop.run(plan, chunk_size)
-    except PlanMismatchError as error:
-        # layers that come and go with the data: nothing can be tapped reliably
-        if transformed():
-            raise
-        everything = dict.fromkeys(range(len(leaves)), str(error))
-        plan = replace(plan, taps=(), general={}, looped=True).without(everything)
-        remember(model, params, buffers, batch.inputs, plan)
+    jobs: list[_Job] = []
+    totals: list[Tensor] = []
+    for attempt in range(3):
         jobs = [_Job(task.labels, task.make()) for task in tasks]
         loop = _Loop(caller, model, likelihood, jobs, params, buffers, batch, key, size)
-        totals = loop.run(plan, chunk_size)
+        try:
+            totals = loop.run(plan, chunk_size)
+            break
+        except PlanMismatchError as error:
+            if attempt == 0:  # other sizes than those of the plan may change the model's calls
+                plan = plan_for(model, params, buffers, batch.inputs, afresh=True)
+                continue
+            if transformed() or attempt == 2:
+                raise
+            # layers that come and go with the data: nothing can be tapped reliably
+            everything = dict.fromkeys(range(len(leaves)), str(error))
+            plan = replace(plan, taps=(), unused=frozenset(), looped=True).without(everything)
+            remember(model, params, buffers, batch.inputs, plan, exactly=True)
     frames = [
         Frame(params, leaves, total, job.labels.fisher, job.labels.unit, size)
         for total, job in zip(totals, jobs, strict=True)
@@ -173,6 +183,10 @@ class _Loop:
         )
         captured = Captured(self.model, self.params, self.buffers, inputs, plan, plain=many)
         observed = self._observe(captured.outputs, groups, start, stop)
+        repaired = self._without_dead(inputs, captured.outputs, observed)
+        if repaired is not None:
+            captured = Captured(self.model, self.params, self.buffers, repaired, plan, plain=many)
+            observed = self._observe(captured.outputs, groups, start, stop)
         if samples[0] == 0:
             for labels, jobs in groups.items():
                 for job in jobs:
@@ -270,6 +284,21 @@ class _Loop:
             )
         return found
 
+    def _without_dead(self, inputs: Any, outputs: Any, observed: dict[str, Observed]) -> Any | None:
+        """Replace examples that do not count and are not finite: zero times NaN is NaN."""
+        counted = next(iter(observed.values())).counted
+        if not counted.masked or not concrete(counted.mask, *trees.leaves(outputs)):
+            return None
+        live = counted.mask.reshape(counted.mask.shape[0], -1).any(-1)
+        dead = (~live).nonzero().flatten()
+        if not len(dead) or not len(live.nonzero()):
+            return None
+        if all(bool(t[dead].isfinite().all()) for t in trees.leaves(outputs)):
+            return None
+        donor = live.nonzero().flatten()[0]
+        index = torch.where(live, torch.arange(len(live), device=live.device), donor)
+        return trees.map(lambda t: t[index] if isinstance(t, Tensor) else t, inputs)
+
     def _poison(self, outputs: Any, targets: Any, mask: Tensor | None) -> Tensor | None:
         """Where values cannot be looked at, return what turns every result into NaN, or 1."""
         if concrete(*trees.leaves((outputs, targets))):
@@ -287,6 +316,11 @@ class _Loop:
                 f"{self.caller}: expected at least one unit to count, got a total weight of "
                 f"{counted.total.item():g}: everything is masked or has weight 0. Skip the batch."
             )
+
+
+def _normal(t: Any) -> Any:
+    """Return a tensor that autograd may record, also if it was made in inference mode."""
+    return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
 
 
 def _part(tree: Any, start: int, stop: int) -> Any:

@@ -11,11 +11,21 @@ import torch
 from torch import Tensor
 
 from fisherfn.batch import Batch
+from fisherfn.curvature import BlockDiagonal, Dense
 from fisherfn.estimators import opaque
 from fisherfn.estimators.driver import Task, evaluate
 from fisherfn.estimators.observe import Labels
 from fisherfn.estimators.statistic import Statistic
 from fisherfn.likelihoods.base import Likelihood
+
+
+def strip(result: Any) -> Any:
+    """Return the tensors of a result that carries a layout; `Estimator.rebuild` puts it back."""
+    if isinstance(result, Dense):
+        return result.matrix, result.count
+    if isinstance(result, BlockDiagonal):
+        return result.blocks, result.count
+    return result
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +48,7 @@ class Estimator:
     options: Mapping[str, Any]
     labels: Labels = field(repr=False)
     make: Callable[[], Statistic] = field(repr=False)
+    rebuild: Callable[[Any, Any], Any] | None = field(repr=False, default=None)
     slot: str = field(init=False, repr=False, default="")
 
     def __post_init__(self) -> None:
@@ -63,8 +74,13 @@ class Estimator:
             FisherError: the arguments do not fit; the message says which and what to do.
         """
         if torch.compiler.is_dynamo_compiling():
-            return opaque.call(self.slot, params, buffers, batch, key)
+            found = opaque.call(self.slot, params, buffers, batch, key)
+            return found if self.rebuild is None else self.rebuild(found, params)
         return self.evaluate(params, buffers, batch, key)
+
+    def traced(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Any:
+        """Evaluate, without the static parts of a result that cannot leave a compiled call."""
+        return strip(self.evaluate(params, buffers, batch, key))
 
     def evaluate(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Any:
         """Run the loop that all estimators share; see `__call__`."""

@@ -61,7 +61,7 @@ class Counted:
         if mask is None:
             mask = torch.ones(positions, dtype=torch.bool, device=like.device)
         else:
-            mask = _trailing(mask, len(positions)).expand(positions)
+            mask = mask.expand(positions)
         if unit == "example":
             counts = mask.reshape(positions[0], -1).any(-1)
         else:

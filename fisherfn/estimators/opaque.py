@@ -22,8 +22,8 @@ from fisherfn.batch import Batch
 class Entry(Protocol):
     """Something that is called with the arguments of an estimator."""
 
-    def evaluate(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Any:
-        """Do the work."""
+    def traced(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Any:
+        """Do the work, and return what can leave a compiled call."""
         ...
 
 
@@ -40,7 +40,7 @@ def register(entry: Entry) -> str:
 
 
 def _run(slot: str, params: Any, buffers: Any, fields: dict[str, Any], keys: list[Tensor]) -> Any:
-    return _ENTRIES[slot].evaluate(params, buffers, Batch(**fields), keys[0] if keys else None)
+    return _ENTRIES[slot].traced(params, buffers, Batch(**fields), keys[0] if keys else None)
 
 
 def _prepare() -> int:

@@ -15,7 +15,7 @@ from fisherfn.core import trees
 from fisherfn.core.errors import OptionError
 from fisherfn.estimators import checks, opaque
 from fisherfn.estimators.driver import Task, evaluate
-from fisherfn.estimators.estimator import Estimator
+from fisherfn.estimators.estimator import Estimator, strip
 from fisherfn.estimators.observe import Labels, Observed
 from fisherfn.estimators.statistic import Frame, Statistic
 from fisherfn.layers.leaf import LeafScores
@@ -93,8 +93,16 @@ class Statistics:
     ) -> dict[str, Any]:
         """Estimate everything on one batch; returns a dict by name."""
         if torch.compiler.is_dynamo_compiling():
-            return opaque.call(self.slot, params, buffers, batch, key)
+            found = opaque.call(self.slot, params, buffers, batch, key)
+            for name, e in self.estimators.items():
+                if e.rebuild is not None:
+                    found[name] = e.rebuild(found[name], params)
+            return found
         return self.evaluate(params, buffers, batch, key)
+
+    def traced(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> dict[str, Any]:
+        """Evaluate, without the static parts of results that cannot leave a compiled call."""
+        return {k: strip(v) for k, v in self.evaluate(params, buffers, batch, key).items()}
 
     def evaluate(
         self, params: Any, buffers: Any, batch: Batch, key: Tensor | None

@@ -80,7 +80,10 @@ def test_models(refused: Callable[..., str], tiny: Tiny, tmp_path: Path) -> None
     ("options", "message"),
     [
         ({"device": "cuda:99"}, r"--device: no device 'cuda:99' here\. This machine has: cpu"),
-        ({"select": "nothing_like_it"}, r"at least one trainable parameter"),
+        (
+            {"select": "nothing_like_it"},
+            r"--select: expected .* There are 20, such as model\.embed",
+        ),
         ({"select": "["}, r"--select: expected a regular expression"),
         ({"max-length": 1}, r"--max-length: expected at least 2"),
         ({"batch-size": 0}, r"--batch-size: expected at least 1"),
