@@ -72,6 +72,32 @@ def check_examples_apart(outputs: tuple[Any, Any], counts: tuple[int, int]) -> N
             )
 
 
+def check_batch_size(model: Any, params: Any, buffers: Any, inputs: Any) -> None:
+    """Refuse a model whose outputs depend on how many examples it sees.
+
+    Args:
+        model: The function `(params, buffers, inputs) -> outputs`.
+        params: Its parameters.
+        buffers: What else it reads.
+        inputs: Inputs of B examples.
+
+    Raises:
+        UnsupportedError: an example alone gives other outputs than within the batch.
+    """
+    with torch.no_grad():
+        together = trees.leaves(model(params, buffers, inputs))
+        for b in range(together[0].shape[0]):
+            one = trees.map(lambda t, b=b: t[b : b + 1] if isinstance(t, Tensor) else t, inputs)
+            for x, y in zip(trees.leaves(model(params, buffers, one)), together, strict=True):
+                difference = (x[0].double() - y[b].double()).norm()
+                if not bool(difference <= tolerance(x) * x[0].double().norm() + 1e-30):
+                    raise UnsupportedError(
+                        "capture: expected a model that treats examples apart, got one whose "
+                        "outputs "
+                        "change with the number of examples. Remove the branch on the batch size."
+                    )
+
+
 def check(model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan, outputs: Any) -> Plan:
     """Return the plan with every parameter that fails the comparison on the general path."""
     count = trees.leaves(outputs)[0].shape[0]

@@ -24,8 +24,8 @@ def plan_for(model: Any, params: Any, buffers: Any, inputs: Any, *, afresh: bool
     """Return the plan of a model for inputs of this structure, building and checking it if needed.
 
     A plan depends on ranks and data types, not on sizes; `afresh` makes one for these very sizes.
-    Inside a transformation values cannot be
-    compared: a plan that was checked before is used, otherwise one that rests on structure alone.
+    Inside a transformation values cannot be compared: a plan that was checked before is used,
+    otherwise one that rests on structure alone.
 
     Raises:
         RuntimeError: the model itself fails.
@@ -47,8 +47,15 @@ def plan_for(model: Any, params: Any, buffers: Any, inputs: Any, *, afresh: bool
     with torch.no_grad():
         check_examples_apart(outputs, _COUNTS)
         plan = check(model, params, buffers, inputs, plan, outputs[1])
-    remember(model, params, buffers, inputs, plan, exactly=afresh)
+    if _tellable(inputs):
+        remember(model, params, buffers, inputs, plan, exactly=afresh)
     return plan
+
+
+def _tellable(inputs: Any) -> bool:
+    """Return True unless the first two examples are equal, so that their order cannot be seen."""
+    tensors = [t for t in trees.leaves(inputs) if isinstance(t, Tensor)]
+    return size_of(inputs) == 1 or any(not torch.equal(t[0], t[1]) for t in tensors)
 
 
 def remember(

@@ -94,9 +94,9 @@ class Tape(TorchFunctionMode):
             return out
         index, tap = planned
         arguments = bind(rule, args, kwargs)
-        kept = tuple(arguments.get(n) for n in tap.kept)
+        kept = tuple(t for n in tap.kept if isinstance(t := arguments.get(n), Tensor))
         self._compare(tap, function, arguments, captured, out)
-        if index != len(self.kept) or not all(isinstance(t, Tensor) for t in kept):
+        if index != len(self.kept) or len(kept) != len(tap.kept):
             raise _mismatch(f"{tap.rule} comes in another order or with other arguments")
         self.kept.append(kept)
         return self.tap(index, tap, out)

@@ -1,0 +1,1 @@
+"""Ground floor: errors, trees, randomness; knows torch, numpy and optree only."""

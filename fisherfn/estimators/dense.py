@@ -164,7 +164,14 @@ def dense(
         "chunk_size": chunk_size,
     }
     lik = resolve("dense", likelihood)
-    return Estimator("dense", model, lik, options, labels, lambda: OuterSum(num_samples, _dense))
+
+    def rebuild(found: Any, params: Any) -> Dense:
+        matrix, count = found
+        return Dense(matrix, count, Layout.of(params), fisher=fisher, unit=unit)
+
+    return Estimator(
+        "dense", model, lik, options, labels, lambda: OuterSum(num_samples, _dense), rebuild
+    )
 
 
 def block_diagonal(
@@ -226,7 +233,9 @@ def block_diagonal(
 
     def rebuild(found: Any, params: Any) -> BlockDiagonal:
         layout = Layout.of(params)
-        return BlockDiagonal(*found, layout, _groups(layout, by), fisher=fisher, unit=unit)
+        blocks, count = found
+        groups = _groups(layout, by)
+        return BlockDiagonal(blocks, count, layout, groups, fisher=fisher, unit=unit)
 
     return Estimator(
         "block_diagonal", model, lik, options, labels, lambda: BlockSum(num_samples, by), rebuild

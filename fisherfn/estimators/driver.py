@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.batch import Batch
+from fisherfn.capture.check import check_batch_size
 from fisherfn.capture.plan import Plan
 from fisherfn.capture.planning import plan_for, remember
 from fisherfn.capture.scores import Captured
@@ -94,6 +95,7 @@ def evaluate(
             if transformed() or attempt == 2:
                 raise
             # layers that come and go with the data: nothing can be tapped reliably
+            check_batch_size(model, params, buffers, batch.inputs)
             everything = dict.fromkeys(range(len(leaves)), str(error))
             plan = replace(plan, taps=(), unused=frozenset(), looped=True).without(everything)
             remember(model, params, buffers, batch.inputs, plan, exactly=True)

@@ -76,7 +76,8 @@ def _examples(t: Tensor, m: int) -> Tensor:
 class Unfolded(Form):
     """Scores of a convolution; patches are made for a block of examples at a time.
 
-    `x` is `[B, M, C, *space]`, `g` `[K, B, M, O, *space]`. A transposed convolution swaps their parts.
+    `x` is `[B, M, C, *space]`, `g` `[K, B, M, O, *space]`. A transposed convolution swaps their
+    parts.
     """
 
     x: Tensor

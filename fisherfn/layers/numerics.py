@@ -48,6 +48,7 @@ def accumulate(total: Tensor | None, term: Tensor) -> Tensor:
 def sum_of_squares(s: Tensor) -> Tensor:
     """Return the sum of squares over the two leading axes, in one pass where that is allowed."""
     if in_place_allowed():
-        # a norm reads its input once; its root has no derivative at zero, but none is asked for here
+        # a norm reads its input once; its root has no derivative at zero, but none is asked for
+        # here
         return torch.linalg.vector_norm(s, dim=(0, 1)).square_()
     return (s * s).sum((0, 1))
