@@ -34,11 +34,11 @@ class Row:
         compiled: Whether under `torch.compile(fullgraph=True)`.
         status: "ok", "skipped", "not offered" or "failed".
         message: Why not, where the status is not "ok".
-        error: Largest deviation from the oracle when computed in float64; for labels that a peer
-            draws itself, the relative deviation of the mean trace of several draws.
+        error: Largest deviation from the oracle when computed in float64; where a peer draws labels
+            itself, the deviation of what it computes from the observed ones.
         rounding: Distance of the timed float32 result from the oracle, relative to its norm.
-        z: Deviation of the mean trace in standard errors, for labels that a peer draws itself.
-        agrees: Whether the value is right: error and rounding within bounds, or |z| < 5.
+        z: Deviation of the mean trace in standard errors, where a peer draws labels itself.
+        agrees: Whether the value is right: error and rounding within bounds, and |z| < 5.
         first_call: Seconds of the first call: plans, tracing, compilation.
         timing: Seconds of a warm call.
         gradients: Median in multiples of the eager gradient's median.

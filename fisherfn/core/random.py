@@ -183,7 +183,7 @@ def _mix(x: Tensor) -> Tensor:
 
 def _times(x: Tensor, y: Tensor | int) -> Tensor:
     """Return the product modulo 2^64; the only operation here that can overflow."""
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() or x.device.type != "cpu":
         return x * y
     # In the C++ that inductor writes, signed overflow is undefined, and with a key known at compile
     # time it does go wrong. Unsigned it is defined; eager torch has few unsigned operations. The

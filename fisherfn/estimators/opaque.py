@@ -14,9 +14,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from fisherfn.batch import Batch
+from fisherfn.core.modes import compiling
 
 
 class Entry(Protocol):
@@ -40,7 +42,15 @@ def register(entry: Entry) -> str:
 
 
 def _run(slot: str, params: Any, buffers: Any, fields: dict[str, Any], keys: list[Tensor]) -> Any:
-    return _ENTRIES[slot].traced(params, buffers, Batch(**fields), keys[0] if keys else None)
+    entry, key = _ENTRIES[slot], keys[0] if keys else None
+    before = torch.compiler._is_compiling_flag
+    # until torch 2.12 AOTAutograd's own traces say that nothing is being compiled, and models that
+    # ask (Hugging Face masks do) would look at values that are not there
+    torch.compiler._is_compiling_flag = before or compiling()
+    try:
+        return entry.traced(params, buffers, Batch(**fields), key)
+    finally:
+        torch.compiler._is_compiling_flag = before
 
 
 def _prepare() -> int:
