@@ -3,6 +3,7 @@
 >>> import torch
 >>> import fisherfn as ff
 >>> model, params, buffers = ff.functional(torch.nn.Linear(3, 2))
+>>> params["bias"] = torch.zeros(2)
 >>> batch = ff.Batch(torch.zeros(4, 3))
 >>> F = ff.diagonal(model, ff.likelihoods.categorical())(params, buffers, batch)
 >>> F.values["bias"]
