@@ -62,11 +62,11 @@ class Outer(Form):
         """
         if self.positions == 1:
             return accumulate(total, self._factored())
-        if in_place_allowed() and self.score_bytes >= block_bytes(self.a) // 16:
+        if in_place_allowed() and self.score_bytes >= block_bytes(self.a) // 2:
             return self._one_by_one(total)
         for start, stop in blocks(self.batch, self.score_bytes, self.a):
             s = self.part(start, stop).scores()
-            total = accumulate(total, sum_of_squares(s))
+            total = accumulate(total, sum_of_squares(s, own=True))
         assert total is not None
         return total
 
