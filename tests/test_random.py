@@ -193,6 +193,7 @@ def every_draw(keys: Tensor) -> dict[str, Tensor]:
     return found
 
 
+@pytest.mark.slow  # inductor needs a C++ compiler
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # by torch, importing inductor
 def test_compiled_draws_are_bit_equal() -> None:
     keys = random.split(random.key(0), 7)
@@ -204,6 +205,7 @@ def test_compiled_draws_are_bit_equal() -> None:
             assert torch.equal(got[name], want[name]), name
 
 
+@pytest.mark.slow  # inductor needs a C++ compiler
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 def test_compiled_functions_of_changing_integers() -> None:
     # A symbolic integer as a scalar operand lost its high bits: wrong from the second value on.
