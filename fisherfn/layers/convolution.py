@@ -92,16 +92,6 @@ class Unfolded(Form):
         c, o = self.x.shape[2] // groups, self.g.shape[3] // groups
         return (groups, o * window, c) if self.transposed else (groups, o, c * window)
 
-    @property
-    def columns(self) -> int:
-        """K."""
-        return self.g.shape[0]
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return self.g.shape[1]
-
     def outer(self) -> Outer:
         """Return the outer form, with all patches."""
         (k, b, m), geometry = self.g.shape[:3], self.geometry

@@ -26,16 +26,6 @@ class Direct(Form):
         """Shape of the parameter."""
         return tuple(self.d.shape[2:])
 
-    @property
-    def columns(self) -> int:
-        """K."""
-        return self.d.shape[0]
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return self.d.shape[1]
-
     def scores(self) -> Tensor:
         """Return `d`."""
         return self.d

@@ -22,14 +22,14 @@ class Form(ABC):
         """Shape of the parameter (or view) that the scores belong to."""
 
     @property
-    @abstractmethod
     def columns(self) -> int:
         """K, the number of cotangents."""
+        return self.sample().shape[0]
 
     @property
-    @abstractmethod
     def batch(self) -> int:
         """B, the number of examples."""
+        return self.sample().shape[1]
 
     @abstractmethod
     def scores(self) -> Tensor:
@@ -73,7 +73,7 @@ class Form(ABC):
 
     @abstractmethod
     def sample(self) -> Tensor:
-        """Return a tensor that tells device and type."""
+        """Return what the scores are made of, `[K, B, ...]`; it tells device and type too."""
 
     @property
     def score_bytes(self) -> int:

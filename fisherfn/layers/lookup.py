@@ -30,16 +30,6 @@ class Lookup(Form):
         """`(rows, D)`."""
         return (self.rows, self.g.shape[-1])
 
-    @property
-    def columns(self) -> int:
-        """K."""
-        return self.g.shape[0]
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return self.g.shape[1]
-
     def scores(self) -> Tensor:
         """Return the scores `[K, B, rows, D]`."""
         k, b, t, d = self.g.shape

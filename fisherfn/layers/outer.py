@@ -36,16 +36,6 @@ class Outer(Form):
         return (self.a.shape[1], self.g.shape[-1], self.a.shape[-1])
 
     @property
-    def columns(self) -> int:
-        """K."""
-        return self.g.shape[0]
-
-    @property
-    def batch(self) -> int:
-        """B."""
-        return self.g.shape[1]
-
-    @property
     def positions(self) -> int:
         """T."""
         return self.a.shape[2]
