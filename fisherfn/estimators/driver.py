@@ -21,16 +21,10 @@ from fisherfn.capture.planning import plan_for, remember
 from fisherfn.capture.scores import Captured
 from fisherfn.capture.tape import PlanMismatchError
 from fisherfn.core import trees
-from fisherfn.core.errors import DataError
-from fisherfn.core.modes import concrete, transformed
+from fisherfn.core.modes import transformed
 from fisherfn.estimators import checks
-from fisherfn.estimators.observe import (
-    Counted,
-    Labels,
-    Observed,
-    check_budget,
-    columns_needed,
-)
+from fisherfn.estimators.observe import Labels, Observed, check_budget, columns_needed
+from fisherfn.estimators.observer import Observer, outside_inference, part_of, without_dead
 from fisherfn.estimators.statistic import Frame, Statistic
 from fisherfn.layers.leaf import LeafScores
 from fisherfn.likelihoods.base import Likelihood
@@ -71,7 +65,9 @@ def evaluate(
     """Do all tasks on one batch and return their results."""
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
-            params, buffers, batch, key = trees.map(_normal, (params, buffers, batch, key))
+            params, buffers, batch, key = trees.map(
+                outside_inference, (params, buffers, batch, key)
+            )
             return evaluate(
                 caller, model, likelihood, tasks, params, buffers, batch, key, chunk_size
             )
@@ -123,11 +119,11 @@ class _Loop:
     ) -> None:
         self.caller = caller
         self.model, self.likelihood, self.jobs = model, likelihood, jobs
-        self.params, self.buffers, self.batch, self.key = params, buffers, batch, key
-        self.size = size
+        self.params, self.buffers, self.batch, self.size = params, buffers, batch, size
+        normalised = any(job.statistic.normalised for job in jobs)
+        self.observer = Observer(caller, likelihood, batch, key, size, normalised=normalised)
         for job in jobs:
             job.statistic.begin(params)
-        self.counted: dict[str, Counted] = {}
 
     def run(self, plan: Plan, chunk_size: int | None) -> list[Tensor]:
         """Visit every chunk, draw and column; return N for each job."""
@@ -149,7 +145,7 @@ class _Loop:
             if step < self.size:
                 for sample in samples:
                     self._end_draw(groups, sample)
-        return [self.counted[job.labels.unit].total for job in self.jobs]
+        return [self.observer.counted[job.labels.unit].total for job in self.jobs]
 
     def _end_draw(self, groups: dict[Labels, list[_Job]], sample: int) -> None:
         for labels, jobs in groups.items():
@@ -178,14 +174,15 @@ class _Loop:
     ) -> None:
         inputs = self.batch.inputs
         if (start, stop) != (0, self.size):
-            inputs = _part(inputs, start, stop)
+            inputs = part_of(inputs, start, stop)
         many = any(
             labels.fisher == "exact" or (labels.fisher, labels.unit) == ("empirical", "position")
             for labels in groups
         )
         captured = Captured(self.model, self.params, self.buffers, inputs, plan, plain=many)
         observed = self._observe(captured.outputs, groups, start, stop)
-        repaired = self._without_dead(inputs, captured.outputs, observed)
+        counted = next(iter(observed.values())).counted
+        repaired = without_dead(inputs, captured.outputs, counted)
         if repaired is not None:
             captured = Captured(self.model, self.params, self.buffers, repaired, plan, plain=many)
             observed = self._observe(captured.outputs, groups, start, stop)
@@ -255,75 +252,6 @@ class _Loop:
         self, outputs: Any, groups: dict[Labels, list[_Job]], start: int, stop: int
     ) -> dict[str, Observed]:
         """Check the data against the outputs, count it, and return it for each unit."""
-        self.likelihood.check_outputs(self.caller, outputs)
-        shape = self.likelihood.positions_shape(outputs)
         units = dict.fromkeys(labels.unit for labels in groups)
-        like = trees.leaves(outputs)[0]
-        for unit in units:
-            if unit not in self.counted:
-                full = (self.size, *shape[1:])
-                checks.check_positions(self.caller, self.batch, full, unit)
-                counted = Counted.of(self.batch.mask, self.batch.weights, full, unit, like)
-                self._check_total(counted)
-                self.counted[unit] = counted
-        part = next(iter(self.counted.values())).part(start, stop)
-        targets = self.batch.targets
-        if targets is not None and (start, stop) != (0, self.size):
-            targets = _part(targets, start, stop)
-        bad = None
-        if any(labels.fisher == "empirical" for labels in groups):
-            mask = part.mask if part.masked else None
-            self.likelihood.check_targets(self.caller, outputs, targets, mask)
-            bad = self._poison(outputs, targets, mask)
-        ids = self.batch.ids
-        if ids is None:
-            ids = torch.arange(self.size, device=like.device)
-        found = {}
-        for unit in units:
-            own = self.counted[unit].part(start, stop)
-            found[unit] = Observed(
-                self.likelihood, outputs, targets, ids[start:stop], self.key, own, bad
-            )
-        return found
-
-    def _without_dead(self, inputs: Any, outputs: Any, observed: dict[str, Observed]) -> Any | None:
-        """Replace examples that do not count and are not finite: zero times NaN is NaN."""
-        counted = next(iter(observed.values())).counted
-        if not counted.masked or not concrete(counted.mask, *trees.leaves(outputs)):
-            return None
-        live = counted.mask.reshape(counted.mask.shape[0], -1).any(-1)
-        dead = (~live).nonzero().flatten()
-        if not len(dead) or not len(live.nonzero()):
-            return None
-        if all(bool(t[dead].isfinite().all()) for t in trees.leaves(outputs)):
-            return None
-        donor = live.nonzero().flatten()[0]
-        index = torch.where(live, torch.arange(len(live), device=live.device), donor)
-        return trees.map(lambda t: t[index] if isinstance(t, Tensor) else t, inputs)
-
-    def _poison(self, outputs: Any, targets: Any, mask: Tensor | None) -> Tensor | None:
-        """Where values cannot be looked at, return what turns every result into NaN, or 1."""
-        if concrete(*trees.leaves((outputs, targets))):
-            return None
-        bad = self.likelihood.poison(outputs, targets, mask)
-        dtype = torch.promote_types(trees.leaves(outputs)[0].dtype, torch.float32)
-        one = torch.ones((), dtype=dtype, device=bad.device)
-        return torch.where(bad, torch.full_like(one, float("nan")), one)
-
-    def _check_total(self, counted: Counted) -> None:
-        if not any(job.statistic.normalised for job in self.jobs):
-            return
-        if concrete(counted.total) and not bool(counted.total > 0):
-            raise DataError(
-                f"{self.caller}: expected at least one unit to count, got a total weight of "
-                f"{counted.total.item():g}: everything is masked or has weight 0. Skip the batch."
-            )
-
-
-def _normal(t: Any) -> Any:
-    """Return a tensor that autograd may record, also if it was made in inference mode."""
-    return t.clone() if isinstance(t, Tensor) and t.is_inference() else t
-
-
-def _part(tree: Any, start: int, stop: int) -> Any:
-    return trees.map(lambda t: t[start:stop] if isinstance(t, Tensor) else t, tree)
+        targets_count = any(labels.fisher == "empirical" for labels in groups)
+        return self.observer.observe(outputs, units, start, stop, targets_count=targets_count)
