@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fisherfn.capture.plan import Plan, Tap
 from fisherfn.capture.tape import Tape, spread
@@ -169,6 +169,24 @@ class _Mailbox:
             self._receive = None
 
 
+class _Root(torch.autograd.Function):
+    """Makes an output part of a graph, without a copy, where nothing before it is.
+
+    Differentiation stops at the edge of its output, so that its own backward never runs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, out: Tensor, seed: Tensor) -> Tensor:
+        """Return `out` itself; `seed` is what requires a gradient."""
+        ctx.mark_dirty(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        """Nobody differentiates past a root."""
+        raise AssertionError("the backward of a capture went past its roots")
+
+
 class EagerRun(Run):
     """Cotangents are read from autograd's graph as the backward passes the taps."""
 
@@ -177,11 +195,12 @@ class EagerRun(Run):
     ) -> None:
         """Run the forward once, remembering the edge of every tapped output."""
         self._edges: list[Any] = []
-        self._roots: list[Tensor] = []
+        self._roots: list[GradientEdge] = []
         self._shapes: list[tuple[torch.Size, torch.dtype, torch.device]] = []
         # hooks belong to the graph, and so must not lead back to whoever holds the graph: such a
         # cycle passes through C++, where the garbage collector cannot see it
         mailbox = self._mailbox = _Mailbox()
+        seed = torch.empty(0, requires_grad=True)
 
         def tap(index: int, tap: Tap, out: Tensor) -> Tensor:
             out = spread(out, tap, batch)
@@ -190,12 +209,15 @@ class EagerRun(Run):
                 # no_grad in the model: a constant to autograd, so its cotangent is zero
                 self._edges.append(None)
                 return out
-            if not out.requires_grad:
-                root = out.detach().requires_grad_()
-                self._roots.append(root)
-                out = root.clone()  # not a leaf: the model may write into it
+            root = not out.requires_grad
+            if root:
+                # a view is of something that must stay as it is, such as a parameter
+                out = _Root.apply(out.clone() if out._is_view() else out, seed)
             # the edge stays right when the output is written to later
-            self._edges.append(get_gradient_edge(out))
+            edge = get_gradient_edge(out)
+            if root:
+                self._roots.append(edge)
+            self._edges.append(edge)
             out.register_hook(lambda g: mailbox.deliver(index, g))
             return out
 

@@ -8,7 +8,7 @@ and its cotangents can be freed; parameters on the general path follow.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeAlias
 
 import torch
@@ -41,6 +41,7 @@ class Captured:
         self.plan = plan
         self.batch = size_of(inputs)
         self.leaves = trees.leaves(params)
+        self.composed = transformed() or needs_composition(params, buffers, inputs)
         self.run: Run = start(model, params, buffers, inputs, plan, plain=plain)
         self._expected = [0] * len(self.leaves)
         for tap in plan.taps:
@@ -57,9 +58,8 @@ class Captured:
 
         `last` promises that this forward is not needed again.
         """
-        composed = transformed() or needs_composition(*self.arguments[1:])
         self.pull_only(cotangents, consume, last=last)
-        self._general(cotangents, consume, composed)
+        self._general(cotangents, consume)
         for leaf in self.plan.unused:
             t = wide(self.leaves[leaf])
             columns = trees.leaves(cotangents)[0].shape[0]
@@ -68,13 +68,12 @@ class Captured:
 
     def pull_only(self, cotangents: Any, consume: Consumer, *, last: bool = True) -> None:
         """Like `scores`, for the captured parameters alone."""
-        composed = transformed() or needs_composition(*self.arguments[1:])
         waiting: dict[int, list[tuple[Form, View]]] = {}
         arrived = [0] * len(self.leaves)
 
         def receive(index: int, g: Tensor) -> None:
             tap = self.plan.taps[index]
-            with _exact_arithmetic(composed, g):
+            with _exact_arithmetic(self.composed, g):
                 for leaf, form, view in forms_of(tap, self.run.kept[index], g, self.batch):
                     waiting.setdefault(leaf, []).append((form, view))
                     arrived[leaf] += 1
@@ -85,22 +84,27 @@ class Captured:
 
         self.run.pull(cotangents, receive, last=last)
 
-    def _general(self, cotangents: Any, consume: Consumer, composed: bool) -> None:
+    def _general(self, cotangents: Any, consume: Consumer) -> None:
         if not self.plan.general:
             return
         leaves = sorted(self.plan.general)
         found = general.scores(*self.arguments, cotangents, leaves, looped=self.plan.looped)
         for leaf, d in zip(leaves, found, strict=True):
-            with _exact_arithmetic(composed, d):
+            with _exact_arithmetic(self.composed, d):
                 shape = tuple(self.leaves[leaf].shape)
                 consume(leaf, LeafScores(((Direct(wide(d)), ()),), shape))
 
 
-@contextmanager
-def _exact_arithmetic(composed: bool, like: Tensor) -> Iterator[None]:
+def _exact_arithmetic(composed: bool, like: Tensor) -> AbstractContextManager[None]:
     """No autocast in contractions, and no graph unless the result must be differentiable."""
-    with (
-        torch.autocast(like.device.type, enabled=False),
-        torch.set_grad_enabled(composed and torch.is_grad_enabled()),
-    ):
+    record = composed and torch.is_grad_enabled()
+    device = like.device.type
+    if torch.is_grad_enabled() == record and not torch.is_autocast_enabled(device):
+        return nullcontext()  # as it is already, and entering costs as much as a small layer
+    return _arithmetic(device, record)
+
+
+@contextmanager
+def _arithmetic(device: str, record: bool) -> Iterator[None]:
+    with torch.autocast(device, enabled=False), torch.set_grad_enabled(record):
         yield

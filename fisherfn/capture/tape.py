@@ -134,8 +134,8 @@ def canonical(t: Tensor, axis: Axis | None, batch: int, lead: int = 0) -> Tensor
         return t.reshape(*t.shape[:lead], 1, 1, *t.shape[lead:])
     place = lead + axis.index
     if not axis.flat:
-        return t.movedim(place, lead).unsqueeze(lead + 1)
-    t = t.movedim(place, lead)
+        return (t if place == lead else t.movedim(place, lead)).unsqueeze(lead + 1)
+    t = t if place == lead else t.movedim(place, lead)
     many = t.shape[lead] // batch
     shape = (many, batch) if axis.inner else (batch, many)
     t = t.reshape(*t.shape[:lead], *shape, *t.shape[lead + 1 :])

@@ -87,17 +87,17 @@ def check_params(caller: str, params: Any) -> list[Tensor]:
             f"{caller}: expected params with at least one tensor, got none. Pass what functional() "
             "returned."
         )
-    for path, leaf in zip(trees.paths(params), leaves, strict=True):
+    for i, leaf in enumerate(leaves):
         if not isinstance(leaf, Tensor):
             raise TreeMismatchError(
                 f"{caller}: expected params to hold tensors, got {type(leaf).__name__} at "
-                f"'{path}'. "
-                "Constants belong into the buffers or the closure."
+                f"'{trees.paths(params)[i]}'. Constants belong into the buffers or the closure."
             )
         if not leaf.is_floating_point():
             raise ShapeError(
-                f"{caller}: expected floating-point params, got {leaf.dtype} at '{path}'. Move it "
-                "to the buffers: nothing can be differentiated by integers."
+                f"{caller}: expected floating-point params, got {leaf.dtype} at "
+                f"'{trees.paths(params)[i]}'. Move it to the buffers: nothing can be "
+                "differentiated by integers."
             )
     return leaves
 
@@ -110,18 +110,18 @@ def check_batch(caller: str, batch: Any) -> int:
             "Batch(inputs, targets=...)."
         )
     size: int | None = None
-    for path, leaf in zip(trees.paths(batch.inputs), trees.leaves(batch.inputs), strict=True):
+    for i, leaf in enumerate(trees.leaves(batch.inputs)):
         if not isinstance(leaf, Tensor):
             continue
-        where = f"inputs['{path}']" if path else "inputs"
         if leaf.dim() == 0:
             raise ShapeError(
-                f"{caller}: expected the examples as leading axis, got a scalar at {where}. Put "
-                "constants into the buffers."
+                f"{caller}: expected the examples as leading axis, got a scalar at "
+                f"{_place('inputs', batch.inputs, i)}. Put constants into the buffers."
             )
         if size is not None and leaf.shape[0] != size:
             raise ShapeError(
-                f"{caller}: expected {size} examples, as before, got {leaf.shape[0]} at {where}. "
+                f"{caller}: expected {size} examples, as before, got {leaf.shape[0]} at "
+                f"{_place('inputs', batch.inputs, i)}. "
                 "Every tensor in a batch has the same leading axis; constants go into the buffers."
             )
         size = leaf.shape[0]
@@ -132,12 +132,12 @@ def check_batch(caller: str, batch: Any) -> int:
         )
     if size == 0:
         raise DataError(f"{caller}: expected at least one example, got an empty batch. Skip it.")
-    for path, leaf in zip(trees.paths(batch.targets), trees.leaves(batch.targets), strict=True):
+    for i, leaf in enumerate(trees.leaves(batch.targets)):
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != size):
-            where = f"targets['{path}']" if path else "targets"
             raise ShapeError(
                 f"{caller}: expected targets of {size} examples, got shape {tuple(leaf.shape)} at "
-                f"{where}. Give one target, or one row of targets, an example."
+                f"{_place('targets', batch.targets, i)}. Give one target, or one row of targets, "
+                "an example."
             )
     _check_bool(caller, "mask", batch.mask)
     _check_bool(caller, "positions", batch.positions)
@@ -157,6 +157,11 @@ def check_batch(caller: str, batch: Any) -> int:
             "examples; leave them out for 0, 1, 2, ..."
         )
     return size
+
+
+def _place(name: str, tree: Any, leaf: int) -> str:
+    path = trees.paths(tree)[leaf]
+    return f"{name}['{path}']" if path else name
 
 
 def _check_bool(caller: str, name: str, value: Any) -> None:

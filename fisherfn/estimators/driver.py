@@ -124,6 +124,7 @@ class _Loop:
         self.observer = Observer(caller, likelihood, batch, key, size, normalised=normalised)
         for job in jobs:
             job.statistic.begin(params)
+            job.statistic.expect(size)
 
     def run(self, plan: Plan, chunk_size: int | None) -> list[Tensor]:
         """Visit every chunk, draw and column; return N for each job."""
@@ -216,7 +217,7 @@ class _Loop:
         columns = columns_needed(labels, self.likelihood, captured.outputs)
         check_budget(self.caller, labels, columns)
         step = self._column_step(captured, columns)
-        root = observed.counted.root_weights()
+        root = observed.counted.root_weights
 
         def consume(leaf: int, scores: LeafScores) -> None:
             for job in jobs:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fisherfn.core import random, trees
 from fisherfn.core.errors import OptionError
+from fisherfn.core.modes import concrete
 from fisherfn.layers.numerics import in_place_allowed
 from fisherfn.likelihoods.base import Likelihood, position_keys
 
@@ -60,6 +62,11 @@ class Counted:
         masked = mask is not None
         if mask is None:
             mask = torch.ones(positions, dtype=torch.bool, device=like.device)
+            if weights is None:
+                shape = positions[:1] if unit == "example" else positions
+                each = torch.ones(shape, dtype=dtype, device=like.device)
+                number = torch.full((), each.numel(), dtype=dtype, device=like.device)
+                return Counted(mask, each, number, masked)
         else:
             mask = mask.expand(positions)
         if unit == "example":
@@ -76,10 +83,12 @@ class Counted:
         """Return what counts of the examples `start` to `stop`, with the same total."""
         return Counted(self.mask[start:stop], self.weights[start:stop], self.total, self.masked)
 
+    @cached_property
     def root_weights(self) -> Tensor:
-        """Return `√(w/N)` of each unit; 0 where nothing counts."""
-        # bad weights, or nothing to count, must not look like a result where they cannot be raised
-        # for
+        """`√(w/N)` of each unit; 0 where nothing counts."""
+        if concrete(self.weights, self.total):  # bad values have been raised for
+            return (self.weights / self.total).sqrt()
+        # bad weights, or nothing to count, must not look like a result
         fine = (self.weights >= 0).all() & (self.total > 0)
         return (self.weights / torch.where(fine, self.total, float("nan"))).sqrt()
 
@@ -146,7 +155,7 @@ class Observed:
     ) -> Iterator[Any]:
         """Yield blocks of at most `step` cotangents `[K, *outputs]` for one draw of labels."""
         if labels.fisher == "exact":
-            yield from self._roots(self._factor(normalised), step)
+            yield from self._roots(self.factor(normalised), step)
             return
         if labels.fisher == "empirical":
             targets = self.likelihood.neutral(self.targets, self.mask)
@@ -155,11 +164,11 @@ class Observed:
             _, score = self.likelihood.sample_score(self.outputs, self._keys(sample))
         else:
             score = self._signed_root(sample)
-        factor = self._factor(normalised)
+        factor = self.factor(normalised)
         if labels.fisher == "empirical" and labels.unit == "position":
             yield from self._by_position(score, factor, step)
             return
-        yield trees.map(lambda t: t.unsqueeze(0), self._scaled(score, factor, 0))
+        yield trees.map(lambda t: t.unsqueeze(0), self.scaled(score, factor, 0))
 
     def log_likelihood(self) -> Tensor:
         """Return this chunk's share of the weighted mean log-probability of the units; 0-d."""
@@ -167,7 +176,7 @@ class Observed:
         log_prob = self.likelihood.log_prob(self.outputs, targets)
         if self.mask is not None:
             log_prob = torch.where(self.mask, log_prob, torch.zeros_like(log_prob))
-        shares = _trailing(self.counted.root_weights() ** 2, log_prob.dim())
+        shares = _trailing(self.counted.root_weights ** 2, log_prob.dim())
         total = (log_prob * shares).sum()
         return total if self.poison is None else total * self.poison
 
@@ -176,14 +185,14 @@ class Observed:
         """The mask, or None if everything counts."""
         return self.counted.mask if self.counted.masked else None
 
-    def _factor(self, normalised: bool) -> Tensor:
+    def factor(self, normalised: bool) -> Tensor:
         """Return what each position's cotangent is multiplied by, `[B, *positions]`."""
         mask = self.counted.mask.to(self.counted.weights.dtype)
         if self.poison is not None:
             mask = mask * self.poison
         if not normalised:
             return mask
-        return _trailing(self.counted.root_weights(), mask.dim()) * mask
+        return _trailing(self.counted.root_weights, mask.dim()) * mask
 
     def _keys(self, sample: int) -> Tensor:
         assert self.key is not None
@@ -198,7 +207,7 @@ class Observed:
         signs = random.rademacher(keys, (self.likelihood.columns(self.outputs),), dtype)
         return self.likelihood.root_mv(self.outputs, signs)
 
-    def _scaled(self, tree: Any, factor: Tensor, lead: int) -> Any:
+    def scaled(self, tree: Any, factor: Tensor, lead: int) -> Any:
         """Multiply by a factor over positions, into the outputs' dtype."""
         factors = broadcast(factor, self.outputs, self.likelihood, lead)
         own = self.mask is not None and in_place_allowed()
@@ -229,7 +238,7 @@ class Observed:
         for first in range(0, places, step):
             place = torch.arange(first, min(places, first + step), device=factor.device)
             chosen = self._selectors(place).to(factor.dtype) * factor
-            yield self._scaled(score, chosen, 1)
+            yield self.scaled(score, chosen, 1)
 
     def _roots(self, factor: Tensor, step: int) -> Iterator[Any]:
         places, columns = factor[0].numel(), self.likelihood.columns(self.outputs)
@@ -237,4 +246,4 @@ class Observed:
             index = torch.arange(first, min(places * columns, first + step), device=factor.device)
             root = torch.func.vmap(lambda c: self.likelihood.root(self.outputs, c))(index % columns)
             chosen = self._selectors(index // columns).to(factor.dtype) * factor
-            yield self._scaled(root, chosen, 1)
+            yield self.scaled(root, chosen, 1)

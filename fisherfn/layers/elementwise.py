@@ -40,7 +40,9 @@ class Alignment:
     def reduce(self, d: Tensor, axis: int) -> Direct:
         """Sum `[K, B, M, *rest]` to the parameter's shape."""
         sizes = self.padded[:axis] + self.padded[axis + 1 :]
-        d = d.sum([2] + [3 + i for i, n in enumerate(sizes) if n == 1])
+        axes = [2] + [3 + i for i, n in enumerate(sizes) if n == 1]
+        axes = [i for i in axes if d.shape[i] != 1]  # a sum over nothing is a copy
+        d = d.sum(axes) if axes else d
         return Direct(d.reshape(*d.shape[:2], *self.shape))
 
 

@@ -41,7 +41,9 @@ class MatrixBuilder:
         a = kept[0]
         if self.left:
             a, g = a.transpose(-1, -2), g.transpose(-1, -2)
-        a = wide(a.reshape(a.shape[0], 1, -1, a.shape[-1])).expand(g.shape[1], -1, -1, -1)
+        a = wide(a.reshape(a.shape[0], 1, -1, a.shape[-1]))
+        if a.shape[0] != g.shape[1]:
+            a = a.expand(g.shape[1], -1, -1, -1)
         rows = wide(g.reshape(*g.shape[:2], 1, -1, g.shape[-1]))
         o, i = rows.shape[-1], a.shape[-1]
         view: View = (Permute((1, 0)), Reshape((o, i))) if self.transposed else (Reshape((o, i)),)
