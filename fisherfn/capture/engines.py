@@ -30,7 +30,7 @@ class Run(ABC):
     """One forward of a model under a tape."""
 
     outputs: Any
-    kept: Sequence[tuple[Tensor, ...]]
+    kept: list[tuple[Tensor, ...]]
 
     @abstractmethod
     def pull(self, cotangents: Any, receive: Receiver, *, last: bool) -> None:
@@ -38,6 +38,10 @@ class Run(ABC):
 
         `last` promises that nothing will be pulled back after this, so that memory can be freed.
         """
+
+    @abstractmethod
+    def zero_cotangent(self, index: int) -> Tensor:
+        """Return a cotangent of zero for a tap, [1, *output], without memory."""
 
     @abstractmethod
     def output_bytes(self, index: int) -> int:
@@ -108,6 +112,7 @@ class FunctionalRun(Run):
             model(params, buffers, inputs)
         self._bytes = [t.numel() * t.element_size() for t in like]
         zeros = [torch.zeros((), dtype=t.dtype, device=t.device).expand(t.shape) for t in like]
+        self._zeros = zeros
 
         def forward(eps: list[Tensor]) -> tuple[Any, list[tuple[Tensor, ...]]]:
             def add(index: int, tap: Tap, out: Tensor) -> Tensor:
@@ -127,6 +132,10 @@ class FunctionalRun(Run):
             return
         found: Any = torch.func.vjp(forward, zeros, has_aux=True)
         self.outputs, self._vjp, self.kept = found
+
+    def zero_cotangent(self, index: int) -> Tensor:
+        """Return a cotangent of zero."""
+        return self._zeros[index].unsqueeze(0)
 
     def output_bytes(self, index: int) -> int:
         """Return the size of the output of a tap."""
@@ -229,6 +238,11 @@ class EagerRun(Run):
         self._live = outputs
         self.outputs = _detached(outputs)
         self.kept = [tuple(t.detach() for t in group) for group in tape.kept]
+
+    def zero_cotangent(self, index: int) -> Tensor:
+        """Return a cotangent of zero."""
+        shape, dtype, device = self._shapes[index]
+        return torch.zeros((), dtype=dtype, device=device).expand(1, *shape)
 
     def output_bytes(self, index: int) -> int:
         """Return the size of the output of a tap."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.capture import general
-from fisherfn.capture.engines import Run, needs_composition, size_of, start
+from fisherfn.capture.engines import Receiver, Run, needs_composition, size_of, start
 from fisherfn.capture.plan import Plan
 from fisherfn.capture.tape import forms_of
 from fisherfn.core import trees
@@ -68,13 +68,21 @@ class Captured:
 
     def pull_only(self, cotangents: Any, consume: Consumer, *, last: bool = True) -> None:
         """Like `scores`, for the captured parameters alone."""
+        self.run.pull(cotangents, self._receiver(consume), last=last)
+
+    def _receiver(self, consume: Consumer) -> Receiver:
+        """Return what turns the cotangents of taps into scores of parameters."""
         waiting: dict[int, list[tuple[Form, View]]] = {}
         arrived = [0] * len(self.leaves)
+        expected = [trees.leaves(cotangents)[0].shape[0]] * len(self.plan.taps)
 
         def receive(index: int, g: Tensor) -> None:
-            tap = self.plan.taps[index]
+            tap, kept = self.plan.taps[index], self.run.kept[index]
+            expected[index] -= g.shape[0]
+            if last and not expected[index]:
+                self.run.kept[index] = ()  # nobody needs the inputs of this layer any more
             with _exact_arithmetic(self.composed, g):
-                for leaf, form, view in forms_of(tap, self.run.kept[index], g, self.batch):
+                for leaf, form, view in forms_of(tap, kept, g, self.batch):
                     waiting.setdefault(leaf, []).append((form, view))
                     arrived[leaf] += 1
                     if arrived[leaf] == self._expected[leaf]:
@@ -82,7 +90,13 @@ class Captured:
                         shape = tuple(self.leaves[leaf].shape)
                         consume(leaf, LeafScores.of(waiting.pop(leaf), shape))
 
-        self.run.pull(cotangents, receive, last=last)
+        return receive
+
+    def inputs_only(self, consume: Consumer) -> None:
+        """Hand over the captured parameters' forms with cotangents of zero; nothing is pulled."""
+        receive = self._receiver(consume)
+        for index in range(len(self.plan.taps)):
+            receive(index, self.run.zero_cotangent(index))
 
     def _general(self, cotangents: Any, consume: Consumer) -> None:
         if not self.plan.general:

@@ -18,12 +18,18 @@ from fisherfn.batch import Batch
 from fisherfn.capture.check import check_batch_size
 from fisherfn.capture.plan import Plan
 from fisherfn.capture.planning import plan_for, remember
-from fisherfn.capture.scores import Captured
+from fisherfn.capture.scores import Captured, Consumer
 from fisherfn.capture.tape import PlanMismatchError
 from fisherfn.core import trees
 from fisherfn.core.modes import transformed
 from fisherfn.estimators import checks
-from fisherfn.estimators.observe import Labels, Observed, check_budget, columns_needed
+from fisherfn.estimators.observe import (
+    FORWARD_ONLY,
+    Labels,
+    Observed,
+    check_budget,
+    columns_needed,
+)
 from fisherfn.estimators.observer import Observer, outside_inference, part_of, without_dead
 from fisherfn.estimators.statistic import Frame, Statistic
 from fisherfn.layers.leaf import LeafScores
@@ -130,6 +136,7 @@ class _Loop:
         """Visit every chunk, draw and column; return N for each job."""
         groups: dict[Labels, list[_Job]] = {}
         for job in self.jobs:
+            job.statistic.plan(plan)
             groups.setdefault(job.labels, []).append(job)
         step = self._chunk(plan, chunk_size)
         draws = max(labels.num_samples for labels in groups)
@@ -213,6 +220,11 @@ class _Loop:
         sample: int,
         final: bool,
     ) -> None:
+        if labels.fisher == FORWARD_ONLY:
+            captured.inputs_only(_receiver(jobs, observed))
+            for job in jobs:
+                job.statistic.end_pull()
+            return
         normalised = all(job.statistic.normalised for job in jobs)
         columns = columns_needed(labels, self.likelihood, captured.outputs)
         check_budget(self.caller, labels, columns)
@@ -256,3 +268,14 @@ class _Loop:
         units = dict.fromkeys(labels.unit for labels in groups)
         targets_count = any(labels.fisher == "empirical" for labels in groups)
         return self.observer.observe(outputs, units, start, stop, targets_count=targets_count)
+
+
+def _receiver(jobs: Sequence[_Job], observed: Observed) -> Consumer:
+    """Hand scores to every statistic."""
+    root = observed.counted.root_weights
+
+    def consume(leaf: int, scores: LeafScores) -> None:
+        for job in jobs:
+            job.statistic.take(leaf, scores, root)
+
+    return consume

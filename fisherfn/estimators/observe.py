@@ -20,6 +20,8 @@ from fisherfn.core.modes import concrete
 from fisherfn.layers.numerics import in_place_allowed
 from fisherfn.likelihoods.base import Likelihood, position_keys
 
+#: In place of a kind of labels: nothing is pulled back, only the inputs of layers are looked at.
+FORWARD_ONLY = "forward_only"
 #: How many pull-backs an exact Fisher may need before it is refused.
 EXACT_BUDGET = 16_384
 
@@ -149,6 +151,9 @@ class Observed:
     key: Tensor | None
     counted: Counted
     poison: Tensor | None = None
+    #: What the batch says of positions, [B, *positions], and of weights, for these examples.
+    positions: Tensor | None = None
+    given: Tensor | None = None
 
     def cotangents(
         self, labels: Labels, sample: int, *, normalised: bool, step: int

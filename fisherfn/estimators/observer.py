@@ -81,10 +81,20 @@ class Observer:
         if ids is None:
             ids = torch.arange(self.size, device=like.device)
         found = {}
+        positions, weights = self.batch.positions, self.batch.weights
+        full = (self.size, *shape[1:])
         for unit in units:
             own = self.counted[unit].part(start, stop)
             found[unit] = Observed(
-                self.likelihood, outputs, targets, ids[start:stop], self.key, own, bad
+                self.likelihood,
+                outputs,
+                targets,
+                ids[start:stop],
+                self.key,
+                own,
+                bad,
+                None if positions is None else positions.expand(full)[start:stop],
+                None if weights is None else weights[start:stop],
             )
         return found
 

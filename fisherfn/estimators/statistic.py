@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from fisherfn.capture.plan import Plan
 from fisherfn.estimators.observe import Observed
 from fisherfn.layers.leaf import LeafScores
 
@@ -44,6 +45,14 @@ class Statistic(ABC):
 
     def begin(self, params: Any) -> None:
         """Learn what the parameters look like."""
+        return
+
+    def expect(self, batch: int) -> None:
+        """Learn how many examples will come, masked ones included."""
+        return
+
+    def plan(self, plan: Plan) -> None:
+        """Learn where the parameters are used."""
         return
 
     def observe(self, observed: Observed) -> None:

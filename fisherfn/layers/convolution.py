@@ -18,44 +18,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherfn.layers.bands import Geometry
 from fisherfn.layers.elementwise import Alignment, ShiftBuilder
 from fisherfn.layers.form import Form
-from fisherfn.layers.numerics import accumulate, blocks, wide
+from fisherfn.layers.numerics import accumulate, blocks, convolution_precision, wide
 from fisherfn.layers.outer import Outer
 from fisherfn.layers.registry import Call, Match, Role, register_rule
 from fisherfn.layers.views import Permute, Reshape, View
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Window of a convolution: sizes a dimension."""
-
-    kernel: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: tuple[tuple[int, int], ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-    def patches(self, x: Tensor, places: Sequence[int]) -> Tensor:
-        """Return the patches of `[N, C, *space]` as `[N, groups, positions, C/groups * window]`.
-
-        `places` is the number of windows along each dimension; windows beyond it are dropped.
-        """
-        nd = len(self.kernel)
-        x = F.pad(x, [p for both in reversed(self.padding) for p in both])
-        extents = [self.dilation[d] * (self.kernel[d] - 1) + 1 for d in range(nd)]
-        for d in range(nd):
-            # the last windows may reach beyond what is needed
-            x = x.narrow(2 + d, 0, (places[d] - 1) * self.stride[d] + extents[d])
-        n, c = x.shape[:2]
-        if nd == 2 and x.device.type == "cpu":  # one launch an example elsewhere
-            columns = F.unfold(x, self.kernel, self.dilation, 0, self.stride)
-            return columns.reshape(n, self.groups, -1, columns.shape[-1]).transpose(-1, -2)
-        for d in range(nd):
-            x = x.unfold(2 + d, extents[d], self.stride[d])[..., :: self.dilation[d]]
-        x = x.reshape(n, self.groups, c // self.groups, *places, *self.kernel)
-        x = x.permute(0, 1, *range(3, 3 + nd), 2, *range(3 + nd, 3 + 2 * nd))
-        return x.reshape(n, self.groups, math.prod(places), -1)
 
 
 def _rows(t: Tensor, groups: int) -> Tensor:
@@ -104,7 +73,34 @@ class Unfolded(Form):
         rows = _examples(rows, m)
         return Outer(_examples(a, m), rows.reshape(k, b, *rows.shape[1:]))
 
-    def _blocks(self) -> Iterator[Outer]:
+    def inputs(self) -> Iterator[tuple[Tensor, tuple[int, int]]]:
+        """Yield the inputs `[B, R, T, I]` of blocks of examples, and which these are."""
+        (b, m), groups = self.x.shape[:2], self.geometry.groups
+        if self.transposed:
+            flat = self.x.reshape(b * m, *self.x.shape[2:])
+            yield _examples(_rows(flat, groups), m), (0, b)
+            return
+        patches = self.x.numel() // max(1, b) * math.prod(self.geometry.kernel)
+        for start, stop in blocks(b, patches * self.x.element_size(), self.x):
+            x = self.x[start:stop].reshape(-1, *self.x.shape[2:])
+            yield _examples(self.geometry.patches(x, self.g.shape[4:]), m), (start, stop)
+
+    def cotangents(self) -> Iterator[Tensor]:
+        """Yield the cotangents `[K, B, R, T, O]` of blocks of examples."""
+        k, b, m = self.g.shape[:3]
+        each = self.g.numel() // max(1, b) * math.prod(self.geometry.kernel)
+        ranges = list(blocks(b, each * self.g.element_size(), self.g))
+        for start, stop in ranges if self.transposed else [(0, b)]:
+            g = self.g[:, start:stop].reshape(-1, *self.g.shape[3:])
+            if self.transposed:
+                rows = self.geometry.patches(g, self.x.shape[3:])
+            else:
+                rows = _rows(g, self.geometry.groups)
+            rows = _examples(rows, m)
+            yield rows.reshape(k, stop - start, *rows.shape[1:])
+
+    def outers(self) -> Iterator[Outer]:
+        """Yield the outer forms of a few examples at a time, as memory allows."""
         window = math.prod(self.geometry.kernel)
         unfolded = self.g if self.transposed else self.x
         patches = unfolded.numel() // max(1, self.batch) * window * unfolded.element_size()
@@ -113,26 +109,70 @@ class Unfolded(Form):
 
     def scores(self) -> Tensor:
         """Return the scores `[K, B, *shape]`."""
-        return self.outer().scores()
+        with convolution_precision(self.g):
+            return self._assembled([band.scores() for band in self._bands()])
 
     def square_sum(self, total: Tensor | None = None) -> Tensor:
         """Return `total` plus the sum of squared scores."""
-        for block in self._blocks():
-            total = block.square_sum(total)
-        assert total is not None
-        return total
+        sums: list[Tensor | None] = [None] * self.geometry.kernel[0]
+        with convolution_precision(self.g):
+            for part in self._parts():
+                for row, band in enumerate(part._bands()):
+                    sums[row] = band.square_sum(sums[row])
+        return accumulate(total, self._assembled([t for t in sums if t is not None]))
 
     def sum(self) -> Tensor:
         """Return the sum of the scores."""
-        total = None
-        for block in self._blocks():
-            total = accumulate(total, block.sum())
-        assert total is not None
-        return total
+        sums: list[Tensor | None] = [None] * self.geometry.kernel[0]
+        with convolution_precision(self.g):
+            for part in self._parts():
+                for row, band in enumerate(part._bands()):
+                    sums[row] = accumulate(sums[row], band.sum())
+        return self._assembled([t for t in sums if t is not None])
 
     def norms(self) -> Tensor:
         """Return squared norms `[K, B]`."""
-        return torch.cat([block.norms() for block in self._blocks()], dim=1)
+        found = []
+        with convolution_precision(self.g):
+            for part in self._parts():
+                total = None
+                for band in part._bands():
+                    total = accumulate(total, band.norms())
+                assert total is not None
+                found.append(total)
+        return torch.cat(found, dim=1)
+
+    def _bands(self) -> Iterator[Outer]:
+        """Yield the outer form for each row of the window."""
+        (k, b, m), geometry = self.g.shape[:3], self.geometry
+        x = self.x.reshape(b * m, *self.x.shape[2:])
+        g = self.g.reshape(k * b * m, *self.g.shape[3:])
+        fixed, moving = (x, g) if self.transposed else (g, x)
+        still = _examples(_rows(fixed, geometry.groups), m)
+        for cut in geometry.bands(moving, fixed.shape[2:]):
+            band = _examples(cut, m)
+            a, rows = (still, band) if self.transposed else (band, still)
+            yield Outer(a, rows.reshape(k, b, *rows.shape[1:]))
+
+    def _assembled(self, bands: Sequence[Tensor]) -> Tensor:
+        """Put what belongs to the rows of a window, `[*, R, O, I]`, in the weight's order."""
+        if len(bands) == 1:
+            return bands[0]
+        rest = math.prod(self.geometry.kernel[1:])
+        if self.transposed:
+            cut = [t.unflatten(-2, (-1, rest)) for t in bands]
+            return torch.stack(cut, dim=-3).flatten(-4, -2)
+        cut = [t.unflatten(-1, (-1, rest)) for t in bands]
+        return torch.stack(cut, dim=-2).flatten(-3)
+
+    def _parts(self) -> Iterator[Unfolded]:
+        """Yield a few examples at a time, as memory allows."""
+        window = math.prod(self.geometry.kernel[1:])
+        moving = self.g if self.transposed else self.x
+        copied = moving.numel() // max(1, self.batch) * window * moving.element_size()
+        each = max(copied, self.score_bytes // self.geometry.kernel[0])
+        for start, stop in blocks(self.batch, each, self.x):
+            yield self.part(start, stop)
 
     def gram(self) -> Tensor:
         """Return inner products `[B, B]`."""

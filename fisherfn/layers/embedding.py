@@ -37,7 +37,7 @@ class EmbeddingBuilder:
         if self.padding_idx is not None:
             real = (index != self.padding_idx).to(rows.dtype)
             rows = rows * real.unsqueeze(-1)
-        return Lookup(index, rows, self.rows), ()
+        return Lookup(index, rows, self.rows, self.padding_idx), ()
 
 
 def match_embedding(call: Call) -> Match | None:

@@ -8,7 +8,7 @@ cotangent of what was picked. The score of example b is `score[v] = Σ_{t: index
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,11 +19,12 @@ from fisherfn.layers.numerics import accumulate
 
 @dataclass(frozen=True)
 class Lookup(Form):
-    """Scores of a table of `rows` rows that was indexed."""
+    """Scores of a table of `rows` rows that was indexed; the row `padding` gets none."""
 
     index: Tensor
     g: Tensor
     rows: int
+    padding: int | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -72,24 +73,24 @@ class Lookup(Form):
 
     def scaled(self, weight: Tensor) -> Lookup:
         """Return the scores times `weight`, `[B]`."""
-        return Lookup(self.index, self.g * weight.to(self.g.dtype).reshape(1, -1, 1, 1), self.rows)
+        return replace(self, g=self.g * weight.to(self.g.dtype).reshape(1, -1, 1, 1))
 
     def part(self, start: int, stop: int) -> Lookup:
         """Return the examples `start` to `stop`."""
-        return Lookup(self.index[start:stop], self.g[:, start:stop], self.rows)
+        return replace(self, index=self.index[start:stop], g=self.g[:, start:stop])
 
     def joined(self, other: Form) -> Form | None:
         """Return the form of both sets of positions, for another use of the same table."""
-        if not isinstance(other, Lookup):
+        if not isinstance(other, Lookup) or other.padding != self.padding:
             return None
         index = torch.cat([self.index, other.index], dim=1)
-        return Lookup(index, torch.cat([self.g, other.g], dim=2), self.rows)
+        return replace(self, index=index, g=torch.cat([self.g, other.g], dim=2))
 
     def followed_by(self, others: Sequence[Form]) -> Lookup:
         """Return all examples together."""
         same = [o for o in others if isinstance(o, Lookup)]
         index = torch.cat([self.index, *(o.index for o in same)])
-        return Lookup(index, torch.cat([self.g, *(o.g for o in same)], dim=1), self.rows)
+        return replace(self, index=index, g=torch.cat([self.g, *(o.g for o in same)], dim=1))
 
     def sample(self) -> Tensor:
         """Return `g`."""

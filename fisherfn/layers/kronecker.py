@@ -1,0 +1,250 @@
+"""Second moments of a layer's inputs and of its cotangents, the factors of Kronecker blocks.
+
+Tensor format: an outer form has inputs `a` [B, R, T, I] and cotangents `g` [K, B, R, T, O]; the
+moments are `Σ w a aᵀ` [R, I, I] and `Σ g gᵀ` [R, O, O] over all rows ("expand"), or over examples
+of the mean of a and of the sum of g over the T rows ("reduce"). Cotangents carry their weight
+already. Inputs that are shared by all groups have R = 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fisherfn.layers.convolution import Unfolded
+from fisherfn.layers.form import Form
+from fisherfn.layers.lookup import Lookup
+from fisherfn.layers.numerics import accumulate, in_place_allowed, wide
+from fisherfn.layers.outer import Outer
+
+# Products of fewer columns are not split: starting one costs more than it saves.
+_SPLIT = 192
+
+
+def gram(x: Tensor) -> Tensor:
+    """Return `xᵀ x` for a matrix [n, d], with not much more than half of the multiplications.
+
+    The product is symmetric: of its four quarters one is the transpose of another, and the two on
+    the diagonal are symmetric again. Split twice, it takes 5/8 of the multiplications.
+
+    >>> gram(torch.tensor([[1.0, 2.0]]))
+    tensor([[1., 2.],
+            [2., 4.]])
+    """
+    d = x.shape[1]
+    if d < 2 * _SPLIT or x.shape[0] < 64:
+        return x.T @ x
+    if in_place_allowed():
+        out = x.new_empty(d, d)
+        _gram_into(x, out, 2)
+        return out
+    return _gram_parts(x, 2)
+
+
+def _gram_into(x: Tensor, out: Tensor, depth: int) -> None:
+    d = x.shape[1]
+    if depth == 0 or d < 2 * _SPLIT:
+        torch.mm(x.T, x, out=out)
+        return
+    h = d // 2
+    first, second = x[:, :h], x[:, h:]
+    _gram_into(first, out[:h, :h], depth - 1)
+    _gram_into(second, out[h:, h:], depth - 1)
+    torch.mm(first.T, second, out=out[:h, h:])
+    out[h:, :h].copy_(out[:h, h:].T)
+
+
+def _gram_parts(x: Tensor, depth: int) -> Tensor:
+    d = x.shape[1]
+    if depth == 0 or d < 2 * _SPLIT:
+        return x.T @ x
+    h = d // 2
+    first, second = x[:, :h], x[:, h:]
+    beside = first.T @ second
+    top = torch.cat([_gram_parts(first, depth - 1), beside], 1)
+    return torch.cat([top, torch.cat([beside.T, _gram_parts(second, depth - 1)], 1)], 0)
+
+
+def _stacked_gram(x: Tensor) -> Tensor:
+    """Return `xᵀ x` for each of [R, n, d], [R, d, d]."""
+    return gram(x[0]).unsqueeze(0) if x.shape[0] == 1 else x.mT @ x
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How often each row of a layer's input counts.
+
+    Attributes:
+        each: Weight of each position of the outputs, 0 where there is none, [B, P]; None: all 1.
+        exists: 1 where there is a position, 0 elsewhere, [B, P].
+    """
+
+    each: Tensor | None = None
+    exists: Tensor | None = None
+
+    def examples(self) -> Tensor | None:
+        """Return the weight of each example, [B]."""
+        if self.each is None or self.exists is None:
+            return None
+        many = self.exists.sum(-1)
+        return self.each.sum(-1) / torch.where(many > 0, many, torch.ones_like(many))
+
+    def rows(self, t: int) -> Tensor | None:
+        """Return the weight of each of T rows of an example, [B, T]."""
+        if self.each is None:
+            return None
+        if t == self.each.shape[1]:
+            return self.each
+        found = self.examples()
+        assert found is not None
+        return found.unsqueeze(-1).expand(-1, t)
+
+    def shares(self, t: int) -> Tensor | None:
+        """Return what each of T rows contributes to the mean of an example, [B, T]."""
+        if self.exists is None or t != self.exists.shape[1]:
+            return None
+        many = self.exists.sum(-1, keepdim=True)
+        return self.exists / torch.where(many > 0, many, torch.ones_like(many))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Sums over the rows of a layer's input.
+
+    Attributes:
+        square: `Σ w a aᵀ`, [R, I, I]; counts [1, I] for a table; rows √w a [R, n, I] if so kept.
+        mean: `Σ w a`, [R, I], where a bias asks for it.
+        rows: `Σ w`, 0-d.
+    """
+
+    square: Tensor
+    mean: Tensor | None
+    rows: Tensor
+
+
+def input_moments(
+    form: Form, weights: Weights, *, reduce: bool, bias: bool, keep_rows: bool = False
+) -> Moments:
+    """Return the second moments of the inputs of a form.
+
+    Args:
+        form: An `Outer`, `Unfolded` or `Lookup`.
+        weights: How often rows count.
+        reduce: Average the rows of an example first. The rows of a table never are.
+        bias: Also sum the inputs.
+        keep_rows: Return the rows in place of their product.
+
+    Returns:
+        The sums; what is averaged over is `rows`.
+    """
+    if isinstance(form, Lookup):
+        return _counts(form, weights)
+    if isinstance(form, Unfolded):
+        square, mean, rows = None, None, None
+        for part, (start, stop) in form.inputs():
+            some = _part(weights, start, stop)
+            found = _of_rows(*_rows(part, some, reduce), bias, keep_rows)
+            square = _joined(square, found.square, keep_rows)
+            mean = found.mean if mean is None or found.mean is None else mean + found.mean
+            rows = found.rows if rows is None else rows + found.rows
+        assert square is not None
+        assert rows is not None
+        return Moments(square, mean, rows)
+    assert isinstance(form, Outer)
+    return _of_rows(*_rows(form.a, weights, reduce), bias, keep_rows)
+
+
+def _joined(total: Tensor | None, term: Tensor, keep_rows: bool) -> Tensor:
+    if total is None or not keep_rows:
+        return accumulate(total, term)
+    return torch.cat([total, term], -2)
+
+
+def _part(weights: Weights, start: int, stop: int) -> Weights:
+    if weights.each is None or weights.exists is None:
+        return weights
+    return Weights(weights.each[start:stop], weights.exists[start:stop])
+
+
+def _rows(a: Tensor, weights: Weights, reduce: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the rows [R, n, I] of `a`, [B, R, T, I], and their weights [n]."""
+    t = a.shape[2]
+    # inputs that were expanded over groups are one
+    if a.shape[1] > 1 and a.stride(1) == 0:
+        a = a[:, :1]
+    if not reduce or t == 1:
+        w = weights.rows(t)
+        rows = a.transpose(0, 1).reshape(a.shape[1], -1, a.shape[-1])
+        return rows, None if w is None else w.reshape(-1)
+    shares = weights.shares(t)
+    if shares is None:
+        mean = a.mean(2)
+    else:
+        mean = (shares.to(a.dtype)[:, None, None] @ a).squeeze(2)
+    return mean.transpose(0, 1), weights.examples()
+
+
+def _of_rows(rows: Tensor, w: Tensor | None, bias: bool, keep_rows: bool) -> Moments:
+    if w is None:
+        many = torch.full((), float(rows.shape[1]), dtype=rows.dtype, device=rows.device)
+        mean = rows.sum(1) if bias else None
+        return Moments(rows if keep_rows else _stacked_gram(rows), mean, many)
+    w = w.to(rows.dtype)
+    # where, not a product alone: what has no weight may have no finite value
+    rows = torch.where(w[:, None] > 0, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
+    mean = (w @ rows) if bias else None
+    rows = rows * w.sqrt()[:, None]
+    return Moments(rows if keep_rows else _stacked_gram(rows), mean, w.sum())
+
+
+def _counts(form: Lookup, weights: Weights) -> Moments:
+    """Return how often each row of a table was read, [1, rows]; padding is never read."""
+    b, t = form.index.shape
+    w = weights.rows(t)
+    if w is None:
+        w = torch.ones(b, t, dtype=form.g.dtype, device=form.g.device)
+    w = w.to(form.g.dtype)
+    if form.padding is not None:
+        w = torch.where(form.index == form.padding, torch.zeros_like(w), w)
+    counts = w.new_zeros(form.rows).index_add(0, form.index.reshape(-1), w.reshape(-1))
+    return Moments(counts.unsqueeze(0), None, w.sum())
+
+
+def output_moments(
+    form: Form, *, reduce: bool, parts: int = 1, keep_rows: bool = False
+) -> Tensor:
+    """Return the second moments `Σ g gᵀ` of the cotangents of a form, [R, O, O].
+
+    Args:
+        form: An `Outer`, `Unfolded` or `Lookup`.
+        reduce: Sum the rows of an example first. Those of a table never are.
+        parts: Cut the outputs of each group into so many blocks that do not interact.
+        keep_rows: Return the rows [R, n, O] in place of their product.
+
+    Returns:
+        `[R * parts, O / parts, O / parts]`, or rows.
+    """
+    if isinstance(form, Lookup):
+        rows = form.g.reshape(1, -1, form.g.shape[-1])
+        return rows if keep_rows else _stacked_gram(rows)
+    if isinstance(form, Unfolded):
+        total = None
+        for g in form.cotangents():
+            total = _joined(total, _of_cotangents(g, reduce, parts, keep_rows), keep_rows)
+        assert total is not None
+        return total
+    assert isinstance(form, Outer)
+    return _of_cotangents(form.g, reduce, parts, keep_rows)
+
+
+def _of_cotangents(g: Tensor, reduce: bool, parts: int, keep_rows: bool) -> Tensor:
+    g = wide(g)
+    if reduce and g.shape[3] > 1:
+        g = g.sum(3, keepdim=True)
+    rows = g.permute(2, 0, 1, 3, 4).reshape(g.shape[2], -1, g.shape[-1])
+    if parts > 1:
+        r, n, o = rows.shape
+        rows = rows.reshape(r, n, parts, o // parts).transpose(1, 2).reshape(r * parts, n, -1)
+    return rows if keep_rows else _stacked_gram(rows)
