@@ -33,7 +33,10 @@ def matrix_power(matrix: Tensor, p: float) -> Tensor:
 @given(data=st.data())
 def test_to_dense_is_the_matrix_in_insertion_order(cases: Any, data: st.DataObject) -> None:
     case = data.draw(cases)
-    assert torch.equal(case.F.to_dense(), case.matrix)
+    if case.kind == "low_rank":  # the only kind that does not keep these entries
+        close(case.F.to_dense(), case.matrix, 1e-12)
+    else:
+        assert torch.equal(case.F.to_dense(), case.matrix)
 
 
 @given(data=st.data(), seed=st.integers(0, 99))
