@@ -6,6 +6,11 @@ which classes there are:
     __fisher_merge__(self, other) -> the result on the joined data; refuses what does not fit
     __fisher_empty__(self) -> the result on no data at all, its identity
 
+Averages over time need two more, which tell what such an average is of this class:
+
+    __fisher_toward__(self, other, share) -> self + share·(other − self), `share` a 0-d tensor
+    __fisher_tensors__(self) -> tree of the tensors whose entries are averages over units
+
 Dicts, lists, tuples and NamedTuples of such results take part as well, member by member.
 """
 
@@ -81,6 +86,35 @@ def merge_weights(count_a: Tensor, count_b: Tensor) -> tuple[Tensor, Tensor, Ten
     total = count_a + count_b
     safe = torch.where(total == 0, torch.ones_like(total), total).to(dtype)
     return count_a.to(dtype) / safe, count_b.to(dtype) / safe, total
+
+
+def joined_count(count_a: Tensor, a: Tensor, count_b: Tensor, b: Tensor) -> Tensor:
+    """Return the number of units that an average with the shares a and b is worth.
+
+    It is the N of the plain average over N units with the same standard error: with averages of
+    variance σ²/N_a and σ²/N_b, 1/N = a²/N_a + b²/N_b. Shares in proportion to the counts give their
+    sum.
+
+    >>> joined_count(torch.tensor(1.0), torch.tensor(0.25), torch.tensor(3.0), torch.tensor(0.75))
+    tensor(4.)
+    """
+
+    def inverse(share: Tensor, count: Tensor) -> Tensor:
+        none = share == 0
+        return torch.where(none, 0.0, share.square() / torch.where(none, 1.0, count))
+
+    spread = inverse(a, count_a) + inverse(b, count_b)
+    return torch.where(spread == 0, 0.0, 1.0 / torch.where(spread == 0, 1.0, spread))
+
+
+def toward(x: Tensor, y: Tensor, share: Tensor) -> Tensor:
+    """Return x + share·(y − x) in float32 or wider: y where the share is 1, x where y is x.
+
+    >>> toward(torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor(0.5))
+    tensor([2.])
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+    return torch.lerp(x.to(dtype), y.to(dtype), share.to(dtype))
 
 
 def check_mergeable(caller: str, a: Any, path: str = "") -> None:

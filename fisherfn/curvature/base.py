@@ -27,17 +27,19 @@ from __future__ import annotations
 import abc
 import numbers
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
-from fisherfn.core.errors import OptionError, ShapeError
-from fisherfn.core.merging import merge_weights
+from fisherfn.core import trees
+from fisherfn.core.errors import OptionError, ShapeError, UnsupportedError
+from fisherfn.core.merging import joined_count, merge_weights, toward
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
-from fisherfn.curvature.common import Scalar, is_number
+from fisherfn.curvature.common import Scalar, combine, hypot, is_number
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -58,6 +60,15 @@ class Result(abc.ABC):
     count: Tensor
     fisher: str
     unit: str
+
+    #: Fields whose entries are averages over units: states keep means and spreads of them.
+    _averages: ClassVar[tuple[str, ...]] = ()
+    #: Whether these, `count` and `stderr` are all the data there is, so that an average of results
+    #: is taken entry by entry. Where it is not, averages go through `merge`.
+    _entrywise: ClassVar[bool] = False
+
+    if TYPE_CHECKING:  # every result is a dataclass
+        __dataclass_fields__: ClassVar[dict[str, Any]]
 
     def __post_init__(self) -> None:
         # Runs for the user's own calls only: pytree transformations set fields directly, and put
@@ -145,6 +156,43 @@ class Result(abc.ABC):
     def __fisher_empty__(self) -> Self:
         # Not 0·self: a NaN would survive the product.
         return pytree.tree_map(torch.zeros_like, self)
+
+    def __fisher_tensors__(self) -> Tree:
+        """Return the tensors whose entries are averages over units, for spreads and reports."""
+        fields = {name: getattr(self, name) for name in self._averages}
+        if not fields:
+            raise UnsupportedError(
+                f"{type(self).__name__}: expected a result whose entries are averages over units, "
+                "got one that has none. Average it with ff.states.ema, or fold it with "
+                "ff.states.accumulate."
+            )
+        return fields if len(fields) > 1 else next(iter(fields.values()))
+
+    def __fisher_toward__(self, other: Self, share: Tensor) -> Self:
+        """Return self + share·(other − self), the average of two results with these shares.
+
+        Factors and entries are averaged, never products of them; a basis has to be the same. The
+        count is the number of units whose plain average would have the same standard error.
+        """
+        self._check_pair("states", other)
+        kept = 1.0 - share
+        count = joined_count(self.count, kept, other.count, share)
+        if not self._entrywise:
+            merged = replace(self, count=kept).__fisher_merge__(replace(other, count=share))
+            return replace(merged, count=count)
+        changes: dict[str, Any] = {"count": count}
+        for name in self._averages:
+            ours, theirs = getattr(self, name), getattr(other, name)
+            changes[name] = trees.map(lambda x, y: toward(x, y, share), ours, theirs)
+        errors = getattr(self, "stderr", None), getattr(other, "stderr", None)
+        if hasattr(self, "stderr"):
+            both = errors[0] is not None and errors[1] is not None
+            changes["stderr"] = (
+                trees.map(lambda x, y: hypot(combine(kept, x), combine(share, y)), *errors)
+                if both
+                else None
+            )
+        return replace(self, **changes)
 
 
 class Curvature(Result):

@@ -51,6 +51,9 @@ class BlockDiagonal(Blocks):
     fisher: str = "exact"
     unit: str = "example"
 
+    _averages = ("blocks",)
+    _entrywise = True
+
     def _summary(self) -> str:
         many = "block" if len(self.groups) == 1 else "blocks"
         return f"{len(self.groups)} {many}, {self.layout.size} x {self.layout.size}"

@@ -94,6 +94,12 @@ def combine(a: Scalar, x: Tensor, b: Scalar = 0.0, y: Tensor | None = None) -> T
     return scaled + y * scalar_like(b, y)
 
 
+def hypot(x: Tensor, y: Tensor) -> Tensor:
+    """Return √(x² + y²), with derivative 0 where both are 0."""
+    none = (x == 0) & (y == 0)
+    return torch.hypot(torch.where(none, torch.ones_like(x), x), y).masked_fill(none, 0.0)
+
+
 def total(parts: Sequence[Tensor], like: Tensor) -> Tensor:
     """Return the sum of 0-d tensors, float32 or wider; `like` gives the device of an empty sum.
 

@@ -44,6 +44,9 @@ class Dense(Blocks):
     fisher: str = "exact"
     unit: str = "example"
 
+    _averages = ("matrix",)
+    _entrywise = True
+
     def _summary(self) -> str:
         return f"{self.layout.size} x {self.layout.size}"
 

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fisherfn.core import trees
@@ -23,6 +22,7 @@ from fisherfn.curvature.common import (
     check_floating,
     check_number,
     combine,
+    hypot,
     norm,
     poison,
     require,
@@ -48,6 +48,7 @@ class Diagonal(Curvature):
         unit: What is counted.
 
     Example:
+        >>> import torch
         >>> F = Diagonal({"w": torch.tensor([1.0, 3.0])}, torch.tensor(8.0))
         >>> F.trace(), F.solve({"w": torch.ones(2)}, damping=1.0)
         (tensor(4.), {'w': tensor([0.5000, 0.2500])})
@@ -63,6 +64,9 @@ class Diagonal(Curvature):
     _: KW_ONLY
     fisher: str = "exact"
     unit: str = "example"
+
+    _averages = ("values",)
+    _entrywise = True
 
     def _summary(self) -> str:
         leaves = trees.leaves(self.values)
@@ -99,7 +103,7 @@ class Diagonal(Curvature):
         stderr = None
         if self.stderr is not None and other.stderr is not None:
             stderr = trees.map(
-                lambda x, y: _hypot(combine(a, x), combine(b, y)), self.stderr, other.stderr
+                lambda x, y: hypot(combine(a, x), combine(b, y)), self.stderr, other.stderr
             )
         return replace(self, values=values, count=count, stderr=stderr)
 
@@ -190,12 +194,6 @@ class Diagonal(Curvature):
         """Return F as a matrix [P, P]; parameters in insertion order, each row-major."""
         self._check_count("Diagonal.to_dense")
         return wide(trees.ravel(self.values)[0]).diag()
-
-
-def _hypot(x: Tensor, y: Tensor) -> Tensor:
-    """Return √(x² + y²), with derivative 0 where both are 0."""
-    none = (x == 0) & (y == 0)
-    return torch.hypot(torch.where(none, torch.ones_like(x), x), y).masked_fill(none, 0.0)
 
 
 def check_tensors(caller: str, name: str, tree: Tree) -> None:

@@ -42,6 +42,9 @@ class GradientMoments(Result):
     fisher: str = "empirical"
     unit: str = "example"
 
+    _averages = ("mean", "square")
+    _entrywise = True
+
     def _summary(self) -> str:
         leaves = trees.leaves(self.mean)
         return f"{len(leaves)} {'leaf' if len(leaves) == 1 else 'leaves'}"
