@@ -10,6 +10,7 @@
 tensor([0.2500, 0.2500])
 """
 
+from fisherfn import groups as groups
 from fisherfn import io as io
 from fisherfn import likelihoods as likelihoods
 from fisherfn import states as states
@@ -33,10 +34,12 @@ from fisherfn.curvature import BlockDiagonal as BlockDiagonal
 from fisherfn.curvature import Dense as Dense
 from fisherfn.curvature import Diagonal as Diagonal
 from fisherfn.curvature import GradientMoments as GradientMoments
+from fisherfn.curvature import Grouped as Grouped
 from fisherfn.estimators.dense import block_diagonal as block_diagonal
 from fisherfn.estimators.dense import dense as dense
 from fisherfn.estimators.diagonal import diagonal as diagonal
 from fisherfn.estimators.explain import explain as explain
+from fisherfn.estimators.grouped import grouped as grouped
 from fisherfn.estimators.moments import gradient_moments as gradient_moments
 from fisherfn.estimators.per_sample import per_sample_gradients as per_sample_gradients
 from fisherfn.estimators.per_sample import score_gram as score_gram

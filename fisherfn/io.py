@@ -30,8 +30,17 @@ from torch import Tensor
 
 from fisherfn.core.errors import DataError, FisherError, OptionError, UnsupportedError
 from fisherfn.core.modes import concrete
-from fisherfn.curvature import BlockDiagonal, Dense, Diagonal, GradientMoments, Layout
+from fisherfn.curvature import (
+    BlockDiagonal,
+    Dense,
+    Diagonal,
+    GradientMoments,
+    Grouped,
+    Layout,
+    LowRank,
+)
 from fisherfn.curvature.common import at
+from fisherfn.groups import GroupSpec
 from fisherfn.states import AccumulateState
 
 FORMAT = "fisherfn"
@@ -39,7 +48,17 @@ VERSION = "1"
 
 _CLASSES: dict[str, type] = {
     cls.__name__: cls
-    for cls in (Diagonal, Dense, BlockDiagonal, GradientMoments, Layout, AccumulateState)
+    for cls in (
+        Diagonal,
+        Dense,
+        BlockDiagonal,
+        LowRank,
+        Grouped,
+        GradientMoments,
+        Layout,
+        GroupSpec,
+        AccumulateState,
+    )
 }
 _DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype

@@ -48,20 +48,22 @@ class SquareSum(Statistic):
             self._mean[leaf] = mean + delta / n
             self._m2[leaf] = accumulate(self._m2[leaf], delta * (value - self._mean[leaf]))
 
+    def draws(self) -> tuple[dict[int, Tensor], dict[int, Tensor] | None]:
+        """Return the sums, and with several draws the standard errors of their means."""
+        if self.num_samples == 1:
+            return self._now, None
+        scale = 1.0 / (self._draws * (self._draws - 1))
+        return self._mean, {i: _root(m2 * scale) for i, m2 in self._m2.items()}
+
     def result(self, frame: Frame) -> Diagonal:
         """Return the diagonal, with the standard error of the mean over draws."""
         structure = trees.structure(frame.params)
-        values = self._now if self.num_samples == 1 else self._mean
-        ordered = [values[i] for i in range(len(frame.leaves))]
-        stderr = None
-        if self.num_samples > 1:
-            scale = 1.0 / (self._draws * (self._draws - 1))
-            errors = [_root(self._m2[i] * scale) for i in range(len(frame.leaves))]
-            stderr = trees.unflatten(structure, errors)
+        values, errors = self.draws()
+        order = range(len(frame.leaves))
         return Diagonal(
-            trees.unflatten(structure, ordered),
+            trees.unflatten(structure, [values[i] for i in order]),
             frame.total,
-            stderr,
+            None if errors is None else trees.unflatten(structure, [errors[i] for i in order]),
             fisher=frame.fisher,
             unit=frame.unit,
         )

@@ -89,15 +89,15 @@ class LeafScores:
             form, view = self.uses[0]
             seed = None if total is None else total.reshape(form.shape)
             return pull(view, form.square_sum(seed), power=2)
-        if self._separate():
+        if self.separate():
             for form, view in self.uses:
                 total = accumulate(total, pull(view, form.square_sum(), power=2))
-        elif (pair := self._tied()) is not None:
+        elif (pair := self.tied()) is not None:
             outer, lookup = pair
             flat = None if total is None else total.unsqueeze(0)
             total = outer.square_sum(flat)[0]
             own = (lookup.g * lookup.gathered()).sum(0)
-            total = lookup.scatter(own + 2.0 * self._tied_products().sum(0), total)
+            total = lookup.scatter(own + 2.0 * self.tied_products().sum(0), total)
         else:
             for part in self._parts():
                 s = part.scores()
@@ -115,14 +115,14 @@ class LeafScores:
 
     def norms(self) -> Tensor:
         """Return squared norms, `[K, B]`."""
-        if self._separate():
+        if self.separate():
             total = None
             for form, view in self.uses:
                 total = accumulate(total, form.norms() * factor(view) ** 2)
             assert total is not None
             return total
-        if (pair := self._tied()) is not None:
-            cross = self._tied_products().sum((-1, -2))
+        if (pair := self.tied()) is not None:
+            cross = self.tied_products().sum((-1, -2))
             return pair[0].norms() + pair[1].norms() + 2.0 * cross
         found = []
         for part in self._parts():
@@ -132,13 +132,13 @@ class LeafScores:
 
     def gram(self) -> Tensor:
         """Return inner products of all pairs of examples, summed over columns, `[B, B]`."""
-        if self._separate():
+        if self.separate():
             total = None
             for form, view in self.uses:
                 total = accumulate(total, form.gram() * factor(view) ** 2)
             assert total is not None
             return total
-        if (pair := self._tied()) is not None:
+        if (pair := self.tied()) is not None:
             return self._tied_gram(*pair)
         rows = self.scores().transpose(0, 1).reshape(self.batch, -1)
         return rows @ rows.T
@@ -163,11 +163,13 @@ class LeafScores:
     def _only_reshaped(self) -> bool:
         return all(isinstance(step, Reshape) for step in self.uses[0][1])
 
-    def _separate(self) -> bool:
+    def separate(self) -> bool:
+        """Whether no entry of the parameter is used in two places."""
         views = [view for _, view in self.uses]
         return all(disjoint(views[i], views[j]) for i in range(len(views)) for j in range(i))
 
-    def _tied(self) -> tuple[Outer, Lookup] | None:
+    def tied(self) -> tuple[Outer, Lookup] | None:
+        """Return both uses of a table that is looked up and multiplied by, or None."""
         if len(self.uses) != 2:
             return None
         (a, va), (b, vb) = self.uses
@@ -180,9 +182,9 @@ class LeafScores:
     def _flat(self, view: View) -> bool:
         return isinstance(view[0], Reshape) and view[0].source == self.shape
 
-    def _tied_products(self) -> Tensor:
+    def tied_products(self) -> Tensor:
         """Return `g_t ⊙ score_outer[index_t]`, `[K, B, T, D]`, for those rows only."""
-        pair = self._tied()
+        pair = self.tied()
         assert pair is not None
         outer, lookup = pair
         g = outer.g[:, :, 0]

@@ -6,6 +6,7 @@ tested everywhere.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,18 +18,21 @@ import torch._dynamo
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fisherfn import groups
 from fisherfn.core import random, trees
 from fisherfn.curvature import (
     BlockDiagonal,
     Curvature,
     Dense,
     Diagonal,
+    Grouped,
     Layout,
+    LowRank,
     layer_groups,
     leaf_groups,
 )
 
-KINDS = ("diagonal", "dense", "leaves", "layers", "crossed")
+KINDS = ("diagonal", "dense", "leaves", "layers", "crossed", "low_rank", "grouped", "pooled")
 
 
 class Pair(NamedTuple):
@@ -92,6 +96,17 @@ def build(
     whole = spd(n, seed, rank, floor, dtype)
     if kind == "dense":
         return Case(kind, Dense(whole, count, layout, **options), whole.double(), params)
+    if kind == "low_rank":
+        scores = random.normal(random.key(seed), (rank, n), torch.float64).to(dtype)
+        rows = torch.cat([scores, torch.eye(n, dtype=dtype)])
+        weights = torch.cat([torch.full((rank,), 1.0 / rank), torch.full((n,), floor)]).to(dtype)
+        cut = zip(rows.split(sizes, dim=1), layout.shapes, strict=True)
+        tree = layout.build([part.reshape(len(rows), *shape) for part, shape in cut])
+        both = rows.double(), weights.double()
+        sums = sum((w * torch.outer(s, s) for s, w in zip(*both, strict=True)), torch.zeros(n, n))
+        return Case(kind, LowRank(tree, weights, count, **options), sums, params)
+    if kind in ("grouped", "pooled"):
+        return grouped(kind, layout, whole.diagonal(), count, params, **options)
     if kind == "diagonal":
         values = layout.unravel(whole.diagonal())
         F: Curvature = Diagonal(values, count, **options)
@@ -109,6 +124,35 @@ def build(
             for b, column in enumerate(rows):
                 matrix[row, column] = block[a, b].double()
     return Case(kind, BlockDiagonal(blocks, count, layout, groups, **options), matrix, params)
+
+
+def grouped(
+    kind: str, layout: Layout, diagonal: Tensor, count: Tensor, params: Any, **options: Any
+) -> Case:
+    """Columns, pairs of entries and whole leaves by turns, or everything in one pool.
+
+    Entries of one group all have the mean of their group.
+    """
+    specs, labels = [], []
+    for i, (path, shape) in enumerate(zip(layout.paths, layout.shapes, strict=True)):
+        size = math.prod(shape)
+        if kind == "pooled":
+            specs.append((path, groups.whole(shape).renamed(into="0.all")))
+            labels += ["all"] * size
+        elif len(shape) == 2:
+            specs.append((path, groups.channels(shape, axis=1)))
+            labels += [(path, j % shape[1]) for j in range(size)]
+        elif len(shape) == 1 and i % 2:
+            specs.append((path, groups.rows(shape, bucket=2)))
+            labels += [(path, j // 2) for j in range(size)]
+        else:
+            specs.append((path, groups.whole(shape)))
+            labels += [(path, 0)] * size
+    entries = [diagonal[[b == a for b in labels]].double().mean() for a in labels]
+    dense = torch.stack(entries) if entries else torch.zeros(0, dtype=torch.float64)
+    values = groups.reduce(layout.unravel(diagonal), dict(specs))
+    F = Grouped(values, count, layout, tuple(specs), **options)
+    return Case(kind, F, dense.diag(), params)
 
 
 SHAPES = st.sampled_from([(), (1,), (3,), (2, 2), (1, 2), (0,)])

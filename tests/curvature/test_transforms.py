@@ -18,7 +18,7 @@ from fisherfn.core.merging import empty_like, merge
 from fisherfn.curvature import Dense, Diagonal, GradientMoments, Layout
 
 # One of each class: compiling takes its time.
-COMPILED = ("diagonal", "dense", "crossed")
+COMPILED = ("diagonal", "dense", "crossed", "grouped")
 
 
 def everything(F: Any, v: Any, key: Tensor, damping: Any) -> dict[str, Any]:

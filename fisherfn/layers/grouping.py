@@ -1,0 +1,281 @@
+"""Sums of squared scores over groups of a parameter, without its diagonal where that is cheaper.
+
+A group is told by the indices of the parameter's entries. Seen through the views of a layer, it
+depends on the outputs alone (rows), on the inputs alone (columns), on neither (everything), or on
+both. With `a` `[B, R, T, I]` and `g` `[K, B, R, T, O]` as in `Outer`, and score_b = g_bᵀ a_b,
+
+    row sums      Σ_b Σ_i score_b[o, i]² = Σ_b diag(g_bᵀ (a_b a_bᵀ) g_b)[o];  with T = 1: g² |a|²
+    column sums   the same with a and g exchanged
+    everything    Σ_b |score_b|²
+
+each through positions, T² (I + O) multiplications an example, or through the score, T O I, as is
+cheaper. Where a group depends on both, the diagonal is formed and summed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fisherfn.groups.spec import GroupSpec, sum_runs
+from fisherfn.layers.convolution import Unfolded
+from fisherfn.layers.form import Form
+from fisherfn.layers.leaf import LeafScores
+from fisherfn.layers.lookup import Lookup
+from fisherfn.layers.numerics import accumulate, blocks, in_place_allowed
+from fisherfn.layers.outer import Outer
+from fisherfn.layers.views import Permute, Reshape, Slice, View, factor, pull
+
+Index: TypeAlias = "np.ndarray[Any, Any]"
+Shape: TypeAlias = tuple[int, ...]
+
+
+def group_sum(scores: LeafScores, spec: GroupSpec) -> Tensor:
+    """Return the sum over columns, examples and each group of squared scores, `[num_groups]`."""
+    if len(scores.uses) == 1 or scores.separate():
+        total = None
+        for form, view in scores.uses:
+            total = accumulate(total, _one_use(form, view, spec))
+        assert total is not None
+        return total
+    pair = scores.tied()
+    if pair is not None and grouping(spec, (), scores.shape).kind == "rows":
+        outer, lookup = pair
+        own = (lookup.g * lookup.gathered()).sum((0, -1))
+        picked = own + 2.0 * scores.tied_products().sum((0, -1))
+        rows = row_sums(outer).reshape(-1).index_add(0, lookup.index.reshape(-1), picked.flatten())
+        return grouping(spec, (), scores.shape).fold(rows)
+    return spec.fold(scores.square_sum())
+
+
+def multiplications(scores: LeafScores, spec: GroupSpec) -> int:
+    """Return the multiplications of `group_sum`."""
+    if len(scores.uses) > 1 and not scores.separate() and scores.tied() is None:
+        return scores.multiplications()
+    total = 0
+    for form, view in scores.uses:
+        if isinstance(form, Outer) and grouping(spec, view, form.shape).kind != "both":
+            total += _cost(form)[0]
+        else:
+            total += form.multiplications()
+    return total
+
+
+# ---- one use of a parameter ----------------------------------------------------------------------
+
+
+def _one_use(form: Form, view: View, spec: GroupSpec) -> Tensor:
+    found = grouping(spec, view, form.shape)
+    values = _sums(form, found.kind)
+    if values is None:
+        return spec.fold(pull(view, form.square_sum(), power=2).reshape(spec.shape))
+    scale = factor(view)
+    return found.fold(values) if scale == 1.0 else found.fold(values) * scale**2
+
+
+def _sums(form: Form, kind: str) -> Tensor | None:
+    """Return row or column sums, or the sum of everything; None where the diagonal is needed."""
+    if kind == "both" or not isinstance(form, Outer | Unfolded | Lookup):
+        return None
+    if kind == "everything":
+        return form.norms().sum()
+    if isinstance(form, Lookup):
+        values = (form.g * form.gathered()).sum(0)
+        if kind == "columns":
+            return values.sum((0, 1))
+        values = values.sum(-1)
+        return values.new_zeros(form.rows).index_add(0, form.index.reshape(-1), values.flatten())
+    total, sums = None, row_sums if kind == "rows" else column_sums
+    for block in form.outers() if isinstance(form, Unfolded) else (form,):
+        total = accumulate(total, sums(block))
+    return total
+
+
+def row_sums(form: Outer) -> Tensor:
+    """Return the sums of squared scores over columns, examples and inputs, `[R, O]`."""
+    if form.positions == 1:
+        a2 = (form.a * form.a).sum(-1)[:, :, 0]
+        g2 = (form.g * form.g).sum(0)[:, :, 0]
+        return (a2.T.unsqueeze(1) @ g2.transpose(0, 1)).squeeze(1)
+    total = None
+    if _cost(form)[1]:
+        for start, stop in blocks(form.batch, _bytes(form, form.g), form.g):
+            a, g = form.a[start:stop], form.g[:, start:stop]
+            mixed = (a @ a.transpose(-1, -2)) @ g
+            total = accumulate(total, (mixed * g).sum((0, 1, 3)))
+    else:
+        for s in _scores(form):
+            total = accumulate(total, s.sum(-1))
+    assert total is not None
+    return total
+
+
+def column_sums(form: Outer) -> Tensor:
+    """Return the sums of squared scores over columns, examples and outputs, `[R, I]`."""
+    if form.positions == 1:
+        g2 = (form.g * form.g).sum((0, -1))[:, :, 0]
+        a2 = (form.a * form.a)[:, :, 0]
+        return (g2.T.unsqueeze(1) @ a2.transpose(0, 1)).squeeze(1)
+    total = None
+    if _cost(form)[1]:
+        for start, stop in blocks(form.batch, _bytes(form, form.a), form.g):
+            a, g = form.a[start:stop], form.g[:, start:stop]
+            mixed = (g @ g.transpose(-1, -2)).sum(0) @ a
+            total = accumulate(total, (mixed * a).sum((0, 2)))
+    else:
+        for s in _scores(form):
+            total = accumulate(total, s.sum(-2))
+    assert total is not None
+    return total
+
+
+def _scores(form: Outer) -> Iterator[Tensor]:
+    """Yield sums of squared scores `[R, O, I]` of a few examples at a time."""
+    for start, stop in blocks(form.batch, form.score_bytes, form.g):
+        s = form.part(start, stop).scores()
+        s = s.square_() if in_place_allowed() else s * s
+        yield s[0, 0] if s.shape[:2] == (1, 1) else s.sum((0, 1))
+
+
+def _cost(form: Outer) -> tuple[int, bool]:
+    """Return the multiplications of the cheaper way, and whether that is through positions."""
+    k, b, t, (r, o, i) = form.columns, form.batch, form.positions, form.shape
+    if t == 1:
+        return b * r * (k * o + i), True
+    # the products of inputs serve all K columns; so do the summed products of cotangents
+    products = t * t * (k * o + i)
+    score = k * t * o * i
+    return b * r * min(products, score), products <= score
+
+
+def _bytes(form: Outer, wide: Tensor) -> int:
+    """Return the bytes that one example needs on the way through positions."""
+    k, t = form.columns, form.positions
+    return (k * t * t * form.shape[0] + 2 * wide.numel() // form.batch) * wide.element_size()
+
+
+# ---- groups through views ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Fold:
+    """How the entries of a vector are added to groups: in runs of equal length, or by an index."""
+
+    num_groups: int
+    run: int | None
+    index: tuple[int, ...]
+
+    @staticmethod
+    def of(index: Index, num_groups: int) -> Fold:
+        """Recognise runs, which need neither an index nor a scattered addition."""
+        flat = index.reshape(-1)
+        n = len(flat)
+        run = -(-n // num_groups) if n and num_groups else 1
+        if -(-n // run) == num_groups and bool((flat == np.arange(n) // run).all()):
+            return Fold(num_groups, run, ())
+        return Fold(num_groups, None, tuple(flat.tolist()))
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """Return the sums over groups, `[num_groups]`."""
+        values = values.reshape(-1)
+        if self.run is not None:
+            return sum_runs(values, self.run)
+        index = torch.tensor(self.index, dtype=torch.int64, device=values.device)
+        return values.new_zeros(self.num_groups).index_add(0, index, values)
+
+
+@dataclass(frozen=True, eq=False)
+class Grouping:
+    """What the groups of a form depend on, and how sums over the rest are added to them."""
+
+    kind: str
+    fold: Fold
+
+
+@lru_cache(maxsize=4096)
+def grouping(spec: GroupSpec, view: View, shape: Shape) -> Grouping:
+    """Return the groups of a parameter as they lie in one view of it.
+
+    Args:
+        spec: The groups.
+        view: The chain of steps from the parameter to the form.
+        shape: Shape of the form; its last axis is that of the inputs.
+
+    Returns:
+        "rows", "columns", "everything" or "both", and the way from sums to groups.
+    """
+    nothing = Fold(spec.num_groups, None, ())
+    if prod(spec.shape) == 0 or len(shape) < 2 or spec.layout == "elements":
+        return Grouping("both", nothing)
+    index = _seen_through(view, spec.index(), shape)
+    varies = [n > 1 for n in index.shape]
+    if not any(varies):
+        kind, target = "everything", (1,) * len(shape)
+    elif not varies[-1]:
+        kind, target = "rows", (*shape[:-1], 1)
+    elif not varies[-2]:
+        kind, target = "columns", (*shape[:-2], 1, shape[-1])
+    else:
+        return Grouping("both", nothing)
+    return Grouping(kind, Fold.of(np.broadcast_to(index, target), spec.num_groups))
+
+
+def _seen_through(view: View, index: Index, shape: Shape) -> Index:
+    """Return an index that broadcasts to the parameter as one that broadcasts to the view."""
+    after = [shape]
+    for step in reversed(view):
+        last = after[-1]
+        if isinstance(step, Reshape):
+            last = step.source
+        elif isinstance(step, Permute):
+            last = tuple(last[i] for i in np.argsort(step.dims))
+        elif isinstance(step, Slice):
+            last = (*last[: step.dim], step.size, *last[step.dim + 1 :])
+        after.append(last)
+    after.reverse()
+    for step, before, now in zip(view, after[:-1], after[1:], strict=True):
+        if isinstance(step, Permute):
+            index = index.transpose(step.dims)
+        elif isinstance(step, Slice) and index.shape[step.dim] > 1:
+            index = index.take(range(step.start, step.stop), step.dim)
+        elif isinstance(step, Reshape):
+            index = _reshaped(index, before, now)
+    return index
+
+
+def _reshaped(index: Index, before: Shape, now: Shape) -> Index:
+    """Reshape an index that broadcasts to `before`, repeating it only where axes are joined."""
+    full, shape = list(index.shape), []
+    for old, new in _stretches(before, now):
+        if any([n > 1 for n in index.shape[old]]):
+            full[old] = before[old]
+            shape += now[new]
+        else:
+            shape += [1] * len(now[new])
+    index = np.broadcast_to(index, full).reshape(shape)
+    for axis in range(index.ndim):
+        first = index.take([0], axis)
+        if bool((index == first).all()):
+            index = first
+    return index
+
+
+def _stretches(before: Shape, now: Shape) -> Iterator[tuple[slice, slice]]:
+    """Yield the smallest stretches of axes of two shapes whose products are equal."""
+    i = j = 0
+    while i < len(before) or j < len(now):
+        i1, j1 = min(i + 1, len(before)), min(j + 1, len(now))
+        while (x := prod(before[i:i1])) != (y := prod(now[j:j1])):
+            if x < y:
+                i1 += 1
+            else:
+                j1 += 1
+        yield slice(i, i1), slice(j, j1)
+        i, j = i1, j1
