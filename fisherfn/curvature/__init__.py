@@ -4,11 +4,16 @@ from fisherfn.curvature.base import Curvature, Result
 from fisherfn.curvature.block_diagonal import BlockDiagonal
 from fisherfn.curvature.dense import Dense
 from fisherfn.curvature.diagonal import Diagonal
+from fisherfn.curvature.ekfac import EKFAC
 from fisherfn.curvature.grouped import Grouped
+from fisherfn.curvature.kfac import KFAC
 from fisherfn.curvature.layout import Layout, layer_groups, leaf_groups
+from fisherfn.curvature.low_rank import LowRank
 from fisherfn.curvature.moments import GradientMoments
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "BlockDiagonal",
     "Curvature",
     "Dense",
@@ -16,6 +21,7 @@ __all__ = [
     "GradientMoments",
     "Grouped",
     "Layout",
+    "LowRank",
     "Result",
     "layer_groups",
     "leaf_groups",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.batch import Batch
-from fisherfn.curvature import BlockDiagonal, Dense, Grouped
+from fisherfn.curvature import EKFAC, KFAC, BlockDiagonal, Dense, Grouped
 from fisherfn.estimators import opaque
 from fisherfn.estimators.driver import Task, evaluate
 from fisherfn.estimators.observe import Labels
@@ -25,6 +25,8 @@ def strip(result: Any) -> Any:
         return result.matrix, result.count
     if isinstance(result, BlockDiagonal):
         return result.blocks, result.count
+    if isinstance(result, KFAC | EKFAC):
+        return result.stripped()
     if isinstance(result, Grouped):
         tensors = {"values": result.values, "count": result.count}
         return tensors if result.stderr is None else {**tensors, "stderr": result.stderr}

@@ -130,12 +130,17 @@ def multi_head_attention(call: Callable[..., Any], arguments: dict[str, Any]) ->
     return out, weights if batched else weights[0]
 
 
+def packed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Return `linear(input, weight, bias)`, whose outputs are queries, keys and values."""
+    return F.linear(input, weight, bias)
+
+
 def _projections(
     call: Callable[..., Any], arguments: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, same: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     bias = arguments["in_proj_bias"]
     if not arguments["use_separate_proj_weight"] and same:
-        packed = call(F.linear, q, arguments["in_proj_weight"], bias)
+        packed = call(packed_linear, q, arguments["in_proj_weight"], bias)
         first, second, third = packed.chunk(3, -1)
         return first, second, third
     if arguments["use_separate_proj_weight"]:

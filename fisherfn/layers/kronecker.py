@@ -114,7 +114,8 @@ class Moments:
     """Sums over the rows of a layer's input.
 
     Attributes:
-        square: `Σ w a aᵀ`, [R, I, I]; counts [1, I] for a table; rows √w a [R, n, I] if so kept.
+        square: `Σ w a aᵀ`, [R, I, I]; counts [1, I] for a table; if so kept, rows √w a [R, n, I],
+            with √w as last column for a bias.
         mean: `Σ w a`, [R, I], where a bias asks for it.
         rows: `Σ w`, 0-d.
     """
@@ -189,14 +190,19 @@ def _rows(a: Tensor, weights: Weights, reduce: bool) -> tuple[Tensor, Tensor | N
 def _of_rows(rows: Tensor, w: Tensor | None, bias: bool, keep_rows: bool) -> Moments:
     if w is None:
         many = torch.full((), float(rows.shape[1]), dtype=rows.dtype, device=rows.device)
-        mean = rows.sum(1) if bias else None
-        return Moments(rows if keep_rows else _stacked_gram(rows), mean, many)
+        if keep_rows:
+            one = torch.ones_like(rows[..., :1])
+            return Moments(torch.cat([rows, one], -1) if bias else rows, None, many)
+        return Moments(_stacked_gram(rows), rows.sum(1) if bias else None, many)
     w = w.to(rows.dtype)
     # where, not a product alone: what has no weight may have no finite value
     rows = torch.where(w[:, None] > 0, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
-    mean = (w @ rows) if bias else None
-    rows = rows * w.sqrt()[:, None]
-    return Moments(rows if keep_rows else _stacked_gram(rows), mean, w.sum())
+    root = w.sqrt()[:, None]
+    if keep_rows:
+        one = root.expand(rows.shape[0], -1, -1)
+        rows = rows * root
+        return Moments(torch.cat([rows, one], -1) if bias else rows, None, w.sum())
+    return Moments(_stacked_gram(rows * root), (w @ rows) if bias else None, w.sum())
 
 
 def _counts(form: Lookup, weights: Weights) -> Moments:
@@ -212,9 +218,7 @@ def _counts(form: Lookup, weights: Weights) -> Moments:
     return Moments(counts.unsqueeze(0), None, w.sum())
 
 
-def output_moments(
-    form: Form, *, reduce: bool, parts: int = 1, keep_rows: bool = False
-) -> Tensor:
+def output_moments(form: Form, *, reduce: bool, parts: int = 1, keep_rows: bool = False) -> Tensor:
     """Return the second moments `Σ g gᵀ` of the cotangents of a form, [R, O, O].
 
     Args:

@@ -6,12 +6,13 @@ Tensor format: `x` is `[B, M, *positions, I]`, the cotangent `[K, B, M, *positio
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherfn.layers.attention import packed_linear
 from fisherfn.layers.elementwise import shift_role
 from fisherfn.layers.form import Form
 from fisherfn.layers.numerics import wide
@@ -26,11 +27,12 @@ class MatrixBuilder:
 
     `transposed`: the argument is `[I, O]`, as in `x @ W`. `left`: the matrix stands on the left,
     `W @ x`,
-    and vectors are columns.
+    and vectors are columns. `parts`: the outputs are so many blocks with a meaning of their own.
     """
 
     transposed: bool
     left: bool = False
+    parts: int = 1
 
     def accepts(self, axis: int, rank: int) -> bool:
         """Any axis but those that the matrix acts on."""
@@ -62,6 +64,15 @@ def match_linear(call: Call) -> Match | None:
     return Match(("input",) if "weight" in call.tracked else (), tuple(roles))
 
 
+def match_packed(call: Call) -> Match | None:
+    """Queries, keys and values as one `linear(input, weight, bias)`."""
+    found = match_linear(call)
+    if found is None or "weight" not in call.tracked:
+        return found
+    role = Role("weight", MatrixBuilder(transposed=False, parts=3))
+    return replace(found, roles=(role, *found.roles[1:]))
+
+
 def match_product(call: Call) -> Match | None:
     """`input @ other`, with a matrix parameter on either side."""
     if len(call.tracked) != 1:
@@ -91,6 +102,7 @@ def match_addmm(call: Call) -> Match | None:
 
 
 register_rule([F.linear], ("input", "weight", "bias"), match_linear, name="linear")
+register_rule([packed_linear], ("input", "weight", "bias"), match_packed, name="linear")
 register_rule(
     [torch.matmul, torch.Tensor.matmul, torch.mm, torch.Tensor.mm],
     ("input", "other"),

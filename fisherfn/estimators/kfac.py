@@ -1,0 +1,274 @@
+"""Kronecker-factored curvature: second moments of inputs and of cotangents, layer by layer.
+
+With inputs a and cotangents g at the rows of a layer, N units, and R rows that exist, a block is
+
+    expand: (Σ w a aᵀ) ⊗ (Σ w g gᵀ) / (N R)        reduce: (Σ w ā āᵀ) ⊗ (Σ w ĝ ĝᵀ) / (N R)
+
+where "reduce" takes the mean of a and the sum of g over the rows of an example first, and R counts
+examples. Every other parameter keeps its exact diagonal, so that the result is about all of them.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn.core.errors import OptionError
+from fisherfn.core.modes import concrete
+from fisherfn.curvature import KFAC, Layout
+from fisherfn.estimators import checks
+from fisherfn.estimators.estimator import Estimator
+from fisherfn.estimators.kronecker_statistic import (
+    KroneckerStatistic,
+    Place,
+    Settings,
+    existing,
+)
+from fisherfn.estimators.observe import FORWARD_ONLY, Labels, Observed
+from fisherfn.estimators.statistic import Frame
+from fisherfn.layers.convolution import Unfolded
+from fisherfn.layers.form import Form
+from fisherfn.layers.kronecker import Moments, Weights, input_moments, output_moments
+from fisherfn.layers.numerics import accumulate
+from fisherfn.layers.outer import Outer
+from fisherfn.likelihoods import resolve
+
+APPROXES = ("expand", "reduce")
+BIASES = ("joint", "separate", "diagonal")
+
+
+class Factors(KroneckerStatistic):
+    """Sums of the second moments of inputs and cotangents."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Start empty."""
+        super().__init__(settings)
+        self._inputs: dict[str, Moments] = {}
+        self._outputs: dict[str, Tensor] = {}
+        self._weights = Weights()
+        self._fresh = False
+        self._shared: dict[Any, tuple[Tensor, Moments]] = {}
+
+    def observe(self, observed: Observed) -> None:
+        """Learn which rows exist, and that the inputs of a chunk are still to be looked at."""
+        self._weights = existing(observed)
+        self._fresh = True
+        self._shared.clear()
+
+    def end_pull(self) -> None:
+        """Inputs stay the same for other labels."""
+        self._fresh = False
+        self._shared.clear()
+
+    def take_block(self, place: Place, form: Form) -> None:
+        """Add the moments of one block."""
+        s, b = self.settings, place.block
+        if self._fresh:
+            found = self._moments(place, form)
+            old = self._inputs.get(b.name)
+            self._inputs[b.name] = found if old is None else _plus(old, found, b.input_form)
+        if s.fisher == FORWARD_ONLY:
+            return
+        keep = b.output_form == "rows"
+        found = output_moments(form, reduce=s.reduce, parts=place.parts, keep_rows=keep)
+        old = self._outputs.get(b.name)
+        if old is not None and keep:
+            self._outputs[b.name] = torch.cat([old, found], -2)
+        else:
+            self._outputs[b.name] = accumulate(old, found)
+
+    def _moments(self, place: Place, form: Form) -> Moments:
+        """Return the moments of the inputs; layers that read one tensor share them."""
+        keep = place.block.input_form == "rows"
+        source, kind, key = None, None, None
+        if isinstance(form, Outer):
+            source = form.a
+        elif isinstance(form, Unfolded):
+            source, kind = form.x, form.geometry
+        if source is not None and concrete(source):
+            key = (source.data_ptr(), source.shape, source.stride(), kind, place.joint, keep)
+            if key in self._shared:
+                return self._shared[key][1]
+        found = input_moments(
+            form, self._weights, reduce=self.settings.reduce, bias=place.joint, keep_rows=keep
+        )
+        if key is not None and source is not None:
+            self._shared[key] = source, found
+        return found
+
+    def result(self, frame: Frame) -> KFAC:
+        """Return the factors, averaged."""
+        scale = 1.0 / self.settings.num_samples
+        blocks, inputs, outputs, rows = [], {}, {}, {}
+        finished: dict[Any, Tensor] = {}
+        for place in self.ordered():
+            b = place.block
+            moments = self._inputs[b.name]
+            # layers that read one tensor have one factor, which is decomposed once
+            known = (id(moments), place.factor, place.joint, b.groups)
+            if known not in finished:
+                finished[known] = _finished(moments, place)
+            A = finished[known]
+            blocks.append(b)
+            inputs[b.name], rows[b.name] = A, moments.rows
+            if self.settings.fisher == FORWARD_ONLY:
+                eye = torch.eye(b.outputs, dtype=A.dtype, device=A.device)
+                outputs[b.name] = eye.expand(b.groups, -1, -1).contiguous()
+            else:
+                G = self._outputs[b.name]
+                root = scale**0.5 if b.output_form == "rows" else scale
+                outputs[b.name] = G * root if scale != 1 else G
+            beside = self.separate(place)
+            if beside is not None:
+                blocks.append(beside)
+                inputs[beside.name] = A.new_ones(1, 1, 1)
+                outputs[beside.name], rows[beside.name] = outputs[b.name], moments.rows
+        rest = self.rest()
+        if self.settings.fisher == FORWARD_ONLY:
+            covered = {path for b in blocks for path in b.paths()}
+            named = zip(self.paths, self.leaves, strict=True)
+            rest = {path: _ones(leaf) for path, leaf in named if path not in covered}
+        return KFAC(
+            inputs,
+            outputs,
+            rows,
+            rest,
+            frame.total,
+            Layout.of(frame.params),
+            tuple(blocks),
+            self.settings.approx,
+            fisher=frame.fisher,
+            unit=frame.unit,
+        )
+
+
+def _ones(leaf: Tensor) -> Tensor:
+    return torch.ones_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
+
+
+def _plus(a: Moments, b: Moments, form: str) -> Moments:
+    square = torch.cat([a.square, b.square], -2) if form == "rows" else a.square + b.square
+    mean = None if a.mean is None or b.mean is None else a.mean + b.mean
+    return Moments(square, mean, a.rows + b.rows)
+
+
+def _finished(moments: Moments, place: Place) -> Tensor:
+    """Return A: the average over rows, with the column of ones if there is a bias."""
+    c, b = place.factor, place.block
+    if b.input_form == "rows":
+        rows = moments.square / moments.rows.sqrt()
+        if c == 1:
+            return rows
+        return torch.cat([rows[..., :-1] * c, rows[..., -1:] * (1 if place.joint else c)], -1)
+    A = moments.square * (c * c / moments.rows)
+    if moments.mean is not None and place.joint:
+        mean = (moments.mean * (c / moments.rows)).unsqueeze(-1)
+        corner = (moments.rows / moments.rows).expand(A.shape[0], 1, 1)
+        A = torch.cat([torch.cat([A, mean], -1), torch.cat([mean.mT, corner], -1)], -2)
+    if A.shape[0] not in (1, b.groups):
+        A = A.repeat_interleave(b.groups // A.shape[0], 0)
+    return A
+
+
+def check_settings(
+    caller: str, model: Any, options: dict[str, Any], *, forward_only: bool
+) -> tuple[Labels, Settings]:
+    """Return labels and settings of a Kronecker estimator, or raise `OptionError`."""
+    fisher, num_samples = options["fisher"], options["num_samples"]
+    asked = "empirical" if forward_only and fisher == FORWARD_ONLY else fisher
+    labels = checks.check_options(
+        caller, model, asked, num_samples, options["unit"], options["chunk_size"]
+    )
+    if fisher == FORWARD_ONLY:
+        labels = Labels(FORWARD_ONLY, 1, options["unit"])
+    for name, allowed in (("approx", APPROXES), ("bias", BIASES)):
+        if options[name] not in allowed:
+            raise OptionError(
+                f"{caller}: expected {name}= to be one of {', '.join(map(repr, allowed))}, got "
+                f"{options[name]!r}. See the documentation of {caller} for what they mean."
+            )
+    widest = options["widest"]
+    if isinstance(widest, bool) or not isinstance(widest, int) or widest < 1:
+        raise OptionError(
+            f"{caller}: expected widest= to be an integer of at least 1, got {widest!r}. It is the "
+            "size of the largest factor that is kept as a matrix."
+        )
+    return labels, Settings(options["approx"], options["bias"], widest, fisher, num_samples)
+
+
+def kfac(
+    model: Any,
+    likelihood: Any,
+    *,
+    fisher: str = "exact",
+    approx: str = "expand",
+    bias: str = "joint",
+    num_samples: int = 1,
+    unit: str = "example",
+    widest: int = 8192,
+    chunk_size: int | None = None,
+) -> Estimator:
+    """Estimate Kronecker-factored curvature, and the exact diagonal where there is no layer.
+
+    Linear layers and convolutions (each group apart), products with a matrix, embeddings, and the
+    projections of `nn.MultiheadAttention` (queries, keys and values apart) get a block G ⊗ A. A
+    parameter that is used in several places, and every other one, gets its exact diagonal.
+
+    Args:
+        model: Function `(params, buffers, inputs) -> outputs`.
+        likelihood: What turns outputs into a distribution, from `fisherfn.likelihoods`.
+        fisher: Whose labels, as for `diagonal`; or "forward_only": nothing is pulled back, G is the
+            identity, and so is the diagonal of parameters without a block.
+        approx: What positions that share a weight are: "expand", observations of their own, or
+            "reduce", parts of one, whose inputs are averaged and whose cotangents are added. The
+            rows of an embedding are always observations.
+        bias: "joint": an input that is always one, in the block of its weight; "separate": a block
+            G of its own; "diagonal": its exact diagonal.
+        num_samples: Draws of labels for each example.
+        unit: What N counts: "example" or "position".
+        widest: Factors of more rows are not formed, as for the outputs of a large vocabulary. Their
+            rows are kept instead, and no matrix of that size ever exists.
+        chunk_size: Examples processed together.
+
+    Returns:
+        An estimator: called with `(params, buffers, batch, *, key=None)` it gives a `KFAC`.
+
+    Raises:
+        OptionError: an option does not exist, or the combination makes no sense.
+
+    Cost: that of `diagonal`, with products of the inputs and of the cotangents with themselves in
+    place of those with each other.
+
+    Reference: Martens & Grosse (2015), Optimizing neural networks with Kronecker-factored
+    approximate curvature; Grosse & Martens (2016) for convolutions; Eschenhagen et al. (2023),
+    Kronecker-factored approximate curvature for modern neural network architectures, section 3.
+
+    Example:
+        >>> import torch
+        >>> import fisherfn as ff
+        >>> model = lambda params, buffers, x: x @ params["w"].T
+        >>> params = {"w": torch.zeros(2, 1, dtype=torch.float64)}
+        >>> batch = ff.Batch(torch.tensor([[2.0]], dtype=torch.float64))
+        >>> F = ff.kfac(model, ff.likelihoods.categorical())(params, {}, batch)
+        >>> F.inputs["w"], F.outputs["w"]
+        (tensor([[[4.]]], dtype=torch.float64), tensor([[[ 0.2500, -0.2500],
+                 [-0.2500,  0.2500]]], dtype=torch.float64))
+    """
+    options: dict[str, Any] = {
+        "fisher": fisher,
+        "approx": approx,
+        "bias": bias,
+        "num_samples": num_samples,
+        "unit": unit,
+        "widest": widest,
+        "chunk_size": chunk_size,
+    }
+    labels, settings = check_settings("kfac", model, options, forward_only=True)
+    lik = resolve("kfac", likelihood)
+
+    def rebuild(found: Any, params: Any) -> KFAC:
+        return KFAC.restored(found, Layout.of(params), approx, fisher=fisher, unit=unit)
+
+    return Estimator("kfac", model, lik, options, labels, lambda: Factors(settings), rebuild)

@@ -1,0 +1,196 @@
+"""What statistics about Kronecker blocks share: who is who, and which rows exist."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn.capture.plan import Plan
+from fisherfn.core import trees
+from fisherfn.core.errors import DataError
+from fisherfn.core.modes import concrete
+from fisherfn.curvature.kronecker import Block, Piece
+from fisherfn.estimators.kronecker_roles import Role, Roles, steps_of
+from fisherfn.estimators.observe import Observed
+from fisherfn.estimators.statistic import Statistic
+from fisherfn.layers.form import Form
+from fisherfn.layers.kronecker import Weights
+from fisherfn.layers.leaf import LeafScores
+from fisherfn.layers.lookup import Lookup
+from fisherfn.layers.views import View, factor
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options of a Kronecker estimator that decide what is accumulated."""
+
+    approx: str = "expand"
+    bias: str = "joint"
+    widest: int = 8192
+    fisher: str = "exact"
+    num_samples: int = 1
+
+    @property
+    def reduce(self) -> bool:
+        """Whether rows of an example are put together first."""
+        return self.approx == "reduce"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What is static about one use of a weight: its block, and how its forms are read."""
+
+    block: Block
+    leaf: int
+    number: int
+    parts: int
+    factor: float
+
+    @property
+    def joint(self) -> bool:
+        """Whether the inputs get a column of ones, for the bias."""
+        return self.block.bias is not None
+
+
+class KroneckerStatistic(Statistic):
+    """Base of the statistics about Kronecker blocks: who is who among the parameters."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Start empty."""
+        self.settings = settings
+        self.paths: list[str] = []
+        self.leaves: list[Tensor] = []
+        self.roles = Roles({}, frozenset())
+        self.places: dict[tuple[int, int], Place] = {}
+        self._rest: dict[int, Tensor] = {}
+
+    def begin(self, params: Any) -> None:
+        """Learn paths and shapes."""
+        self.paths, self.leaves = trees.paths(params), trees.leaves(params)
+
+    def plan(self, plan: Plan) -> None:
+        """Learn which parameters have blocks."""
+        self.roles = Roles.of(plan, self.leaves)
+
+    def take(self, leaf: int, scores: LeafScores, root_weights: Tensor) -> None:
+        """Hand the uses of a weight on; add squares of what has no block."""
+        if leaf in self.roles.weights:
+            for form, view in scores.uses:
+                place = self._place(leaf, form, view)
+                self.take_block(place, form)
+        elif leaf not in self.roles.biases or self.settings.bias == "diagonal":
+            self._rest[leaf] = scores.square_sum(self._rest.get(leaf))
+
+    def take_block(self, place: Place, form: Form) -> None:
+        """Receive the scores of one block."""
+        raise NotImplementedError
+
+    def _place(self, leaf: int, form: Form, view: View) -> Place:
+        role = self.roles.role(leaf, view)
+        key = leaf, role.number or 0
+        if key not in self.places:
+            self.places[key] = self._new_place(leaf, role, form, view)
+        return self.places[key]
+
+    def _new_place(self, leaf: int, role: Role, form: Form, view: View) -> Place:
+        path, s = self.paths[leaf], self.settings
+        name = path if role.number is None else f"{path}[{role.number}]"
+        if isinstance(form, Lookup):
+            rows, outputs = form.shape
+            groups, inputs = 1, rows
+            steps = (
+                *steps_of(view, form.shape),
+                ("permute", (1, 0)),
+                ("reshape", (outputs, rows), (1, outputs, rows)),
+            )
+        else:
+            groups, outputs, inputs = form.shape
+            steps = steps_of(view, form.shape)
+        parts = role.parts
+        if parts > 1:
+            cut = (groups * parts, outputs // parts, inputs)
+            steps = (*steps, ("reshape", tuple(form.shape), cut))
+            groups, outputs = cut[:2]
+        bias = None
+        if role.bias is not None and s.bias == "joint":
+            other, bias_view = role.bias
+            column = (groups, outputs, 1)
+            bias = Piece(self.paths[other], _column(bias_view, column))
+            inputs += 1
+        block = Block(
+            name,
+            Piece(path, steps),
+            bias,
+            groups,
+            outputs,
+            inputs,
+            "rows" if outputs > s.widest else "matrix",
+            "diagonal" if isinstance(form, Lookup) else "rows" if inputs > s.widest else "matrix",
+        )
+        return Place(block, leaf, role.number or 0, parts, factor(view))
+
+    def ordered(self) -> list[Place]:
+        """Return the places in the order of the parameters."""
+        return [self.places[key] for key in sorted(self.places)]
+
+    def separate(self, place: Place) -> Block | None:
+        """Return the block of a bias apart from its weight, if it has one."""
+        if self.settings.bias != "separate":
+            return None
+        role = self.roles.weights[place.leaf][place.number]
+        if role.bias is None:
+            return None
+        other, view = role.bias
+        b = place.block
+        column = (b.groups, b.outputs, 1)
+        path = self.paths[other]
+        name = path if role.number is None else f"{path}[{role.number}]"
+        return Block(name, Piece(path, _column(view, column)), None, *column, b.output_form)
+
+    def rest(self) -> dict[str, Tensor]:
+        """Return the diagonals of everything without a block, averaged over draws."""
+        scale = 1.0 / self.settings.num_samples
+        found = {}
+        for i in sorted(self._rest):
+            found[self.paths[i]] = self._rest[i] * scale if scale != 1 else self._rest[i]
+        return found
+
+
+def _column(view: View, shape: tuple[int, int, int]) -> tuple[Any, ...]:
+    """Return the steps from a bias to a column of matrices."""
+    size = shape[0] * shape[1]
+    return (*steps_of(view, (size,)), ("reshape", (size,), shape))
+
+
+def existing(observed: Observed) -> Weights:
+    """Return how often each position of a chunk's outputs counts as a row of the inputs.
+
+    Raises:
+        DataError: A position counts that is said not to exist.
+    """
+    counted, positions, given = observed.counted, observed.positions, observed.given
+    mask = counted.mask
+    if not counted.masked and positions is None and given is None:
+        return Weights()
+    if positions is None:
+        exists = mask
+    else:
+        if concrete(mask, positions) and bool((mask & ~positions).any()):
+            bad = (mask & ~positions).nonzero()[0].tolist()
+            raise DataError(
+                f"kfac: expected positions to hold wherever the mask does, got a position that "
+                f"counts and does not exist at {bad}. Positions are all places of the computation; "
+                "the mask says which of them are scored."
+            )
+        exists = positions | mask
+    live = mask.reshape(mask.shape[0], -1).any(-1).reshape(-1, *[1] * (mask.dim() - 1))
+    dtype = counted.weights.dtype
+    each = (exists & live).to(dtype)
+    if given is not None:
+        w = given.to(dtype)
+        each = torch.where(exists & live, w.reshape(*w.shape, *[1] * (mask.dim() - w.dim())), 0.0)
+    batch = mask.shape[0]
+    return Weights(each.reshape(batch, -1), exists.to(dtype).reshape(batch, -1))
