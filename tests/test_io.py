@@ -26,6 +26,7 @@ from fisherfn.curvature import (
     Layout,
     layer_groups,
 )
+from fisherfn.io import registry
 from fisherfn.states import AccumulateState
 
 DTYPES = [
@@ -191,7 +192,7 @@ class Saved(NamedTuple):
 
 
 def test_registered_classes_are_saved(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(io, "_CLASSES", dict(io._CLASSES))
+    monkeypatch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
     pair = Saved(torch.ones(1), [None])
     with pytest.raises(
         UnsupportedError, match=r"got Saved at a\. Convert it, or register its class"
@@ -215,13 +216,25 @@ def test_registered_classes_are_saved(path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def test_unknown_classes_are_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    io.save(path, DIAGONAL)
-    known = {name: cls for name, cls in io._CLASSES.items() if name != "Diagonal"}
-    monkeypatch.setattr(io, "_CLASSES", known)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_CLASSES", dict(registry._CLASSES))
+        io.register(Saved)
+        io.save(path, Saved(1, 2))
     with pytest.raises(
-        UnsupportedError, match=r"one of the classes \['Acc.*, got 'Diagonal'\. Imp"
+        UnsupportedError, match=r"one of the classes \['Acc.*, got 'Saved'\. Import the package"
     ):
         io.load(path)
+
+
+def test_what_a_file_holds_is_in_its_header(path: Path) -> None:
+    io.save(path, AccumulateState(DIAGONAL, torch.tensor(3), torch.tensor(12)))
+    found = io.describe(path)
+    assert found["class"] == "AccumulateState"
+    assert (found["fisher"], found["unit"], found["count"]) == ("mc", "position", 7.0)
+    assert found["torch"] == torch.__version__
+    io.save(path, PARAMS)
+    assert io.describe(path)["class"] == "dict"
+    assert "fisher" not in io.describe(path)
 
 
 class Thing:

@@ -18,6 +18,7 @@ import torch
 from fisherfn import io
 from fisherfn.core.errors import DataError, FisherError, OptionError, UnsupportedError
 from fisherfn.curvature import Diagonal
+from fisherfn.io import files
 
 RESULT = Diagonal({"0.weight": torch.ones(20, 3), "0.bias": torch.ones(3)}, torch.tensor(7.0))
 
@@ -57,11 +58,11 @@ def test_a_link_stays_a_link(path: Path) -> None:
 
 FULL = """
 import resource, sys, torch
-from fisherfn import io
+from fisherfn import FisherError, io
 resource.setrlimit(resource.RLIMIT_FSIZE, (10000, 10000))
 try:
     io.save(sys.argv[1], {"w": torch.ones(100000)})
-except io.FisherError as error:
+except FisherError as error:
     print(error)
 """
 
@@ -198,7 +199,7 @@ def test_without_safetensors_it_says_what_to_install(
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    monkeypatch.setattr(io, "import_module", without)
+    monkeypatch.setattr(files, "import_module", without)
     message = (
         r'expected the package safetensors, got none. Install it with pip install "fisherfn\[lm'
     )

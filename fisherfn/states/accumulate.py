@@ -2,59 +2,83 @@
 
 Every result here is an average over N units, so the fold is `merge`, the average weighted by each
 batch's own N. It equals the result on the concatenated batches to rounding, for every kind of
-labels: random ones are drawn from (key, id of the example), and each example keeps its id.
+labels: random ones are drawn from (key, id of the example), and each example keeps its id. With a
+transform (`ema`, `welford`, `window`, `every`) its state is folded instead.
+
+**Do not clip gradients.** A batch with NaN is no reason to clip or normalise gradients first. The
+Fisher information is the mean square of the scores; a clipped score is the derivative of no
+log-probability, and clipping shrinks just those examples that contribute most, by an amount that
+depends on the batch. What a non-finite batch says is that the model's outputs or weights overflow
+there. Look at it (`on_nonfinite="raise"` names the batch and the leaf), compute in a wider dtype,
+or leave it out and have it counted (`on_nonfinite="skip"`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import random
-from collections.abc import Callable, Iterable, Iterator, Sized
-from typing import Any, NamedTuple, TypeAlias
+import logging
+from collections.abc import Callable, Iterable, Sized
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fisherfn.batch import Batch
 from fisherfn.core import merging, trees
-from fisherfn.core.errors import DataError, OptionError, UnsupportedError
+from fisherfn.core.errors import DataError, OptionError
+from fisherfn.states import transform as kinds
+from fisherfn.states.every import EveryPair, EveryState, due
+from fisherfn.states.finite import first_bad_leaf
+from fisherfn.states.options import Options, options_of
+from fisherfn.states.progress import Report, reporting
+from fisherfn.states.transform import Transform
+from fisherfn.states.welford import WelfordState, entries, stderr
 
-Report: TypeAlias = Callable[[int, "int | None"], Any]
+logger = logging.getLogger(__name__)
+
+#: Updates before a standard error is trusted to stop a fold: one of 7 degrees of freedom is itself
+#: known to about a quarter.
+_LEAST_UPDATES = 8
 
 
 class AccumulateState(NamedTuple):
     """All that a fold remembers; a pytree of tensors, to be saved with `ff.io.save`."""
 
-    result: Any  # what the estimator returns, on all batches so far
-    batches: Tensor  # shape=(), dtype=int64
-    examples: Tensor  # shape=(), dtype=int64: rows seen, masked ones included
+    result: Any  # what the estimator returns, on all batches so far; with a transform, its state
+    batches: Tensor  # shape=(), dtype=int64: batches seen, skipped ones included
+    examples: Tensor  # shape=(), dtype=int64: rows seen, masked and skipped ones included
+    skipped: Tensor = torch.zeros((), dtype=torch.int64)  # shape=(), batches that were not finite
+    units: Tensor = torch.zeros((), dtype=torch.float64)  # shape=(), N of the batches not skipped
 
     def __fisher_merge__(self, other: AccumulateState) -> AccumulateState:
+        a, b = self.result, other.result
         return AccumulateState(
-            merging.merge(self.result, other.result),
+            merging.merge(a, b) if a is not None and b is not None else (b if a is None else a),
             self.batches + other.batches,
             self.examples + other.examples,
+            self.skipped + other.skipped,
+            self.units + other.units,
         )
 
     def __fisher_empty__(self) -> AccumulateState:
-        return AccumulateState(
-            merging.empty_like(self.result),
-            torch.zeros_like(self.batches),
-            torch.zeros_like(self.examples),
-        )
+        zeros = [torch.zeros_like(x) for x in self[1:]]
+        return AccumulateState(merging.empty_like(self.result), *zeros)
 
 
 def accumulate(
-    estimator: Callable[..., Any],
+    estimator: Any,
     params: Any,
     buffers: Any,
     batches: Iterable[Batch],
     *,
-    state: AccumulateState | None = None,
+    transform: Transform | None = None,
+    state: AccumulateState | Transform | None = None,
     key: Tensor | None = None,
     progress: bool | Report = False,
     on_update: Callable[[AccumulateState], Any] | None = None,
+    max_units: float | None = None,
+    target_stderr: float | None = None,
+    on_nonfinite: str | None = "raise",
 ) -> tuple[Any, AccumulateState]:
     """Return the result of an estimator on the joined data of many batches.
 
@@ -65,23 +89,34 @@ def accumulate(
     Args:
         estimator: Anything callable as `(params, buffers, batch, *, key)` whose results can be
             merged, such as `ff.diagonal(...)` or its compiled form; or a dict, tuple or NamedTuple
-            of such results.
+            of such results. With a transform `every`, a pair of estimators: the one for the steps
+            that are due, and the one for those between.
         params: As for the estimator.
         buffers: As for the estimator.
         batches: Any iterable of `ff.Batch`, generators included. Each is used once and let go.
-        state: Where to go on, from an earlier call; `batches` then are those that it has not seen.
+        transform: What to fold with, such as `welford()`; None takes the plain result on all data.
+        state: Where to go on, from an earlier call with the same transform; `batches` then are
+            those that it has not seen. A transform is taken as `transform`.
         key: As for the estimator; the same key serves every batch.
         progress: True shows a bar with the time left; a function is called with the number of
             batches done, earlier calls included, and their total (None if unknown).
         on_update: Called with the state after each batch, for instance to save it.
+        max_units: Stop after the batch with which N, the units of all batches, reaches this.
+        target_stderr: Stop as soon as ‖standard errors‖ / ‖mean‖, over all entries, is at most
+            this, from the 8th batch on. The error is that between batches; it needs `welford()`,
+            which is the default transform then.
+        on_nonfinite: On a batch whose result has NaN or infinity: "raise", or "skip" it and count
+            it in the state; None does not look. The module says why clipping is no remedy.
 
     Returns:
-        The result, and the state from which to go on.
+        The result (with a transform its reading), and the state from which to go on.
 
     Raises:
-        DataError: There is no batch, or something else than a batch.
-        OptionError: An argument of the wrong type.
+        DataError: There is no batch, or something else than a batch, or a result is not finite.
+        OptionError: An argument of the wrong type, or a state of another transform.
         UnsupportedError: The results cannot be merged, or the bar is asked for without `rich`.
+
+    Cost: that of the estimator, and one pass over its result to look for what is not finite.
 
     Example:
         >>> from fisherfn.curvature import Diagonal
@@ -93,50 +128,151 @@ def accumulate(
         >>> result.values, state.batches, state.examples
         ({'w': tensor([3., 3.])}, tensor(2), tensor(4))
     """
-    _check_arguments(estimator, batches, state, progress, on_update)
-    done = 0 if state is None else int(state.batches)
-    total = done + len(batches) if isinstance(batches, Sized) else None
-    with _reporting(progress) as report:
-        for batch in batches:
-            if not isinstance(batch, Batch):
-                raise DataError(
-                    f"accumulate: expected batches of type ff.Batch, got {type(batch).__name__} as "
-                    f"number {done}. Wrap it: ff.Batch(inputs, targets)."
-                )
-            state = _step(estimator, params, buffers, batch, state, key)
-            done += 1
-            report(done, total)
-            if on_update is not None:
-                on_update(state)
-    if state is None:
-        raise DataError(
-            "accumulate: expected at least one batch, got none. A generator is empty when it has "
-            "been used before; build it anew."
-        )
-    return state.result, state
-
-
-def _step(
-    estimator: Callable[..., Any],
-    params: Any,
-    buffers: Any,
-    batch: Batch,
-    state: AccumulateState | None,
-    key: Tensor | None,
-) -> AccumulateState:
-    """Return the state after one more batch."""
-    rows, device = _rows(batch)
-    seen = torch.zeros((), dtype=torch.int64) if state is None else state.examples
-    if batch.ids is None:
-        ids = torch.arange(rows, device=device) + seen.to(device)
-        batch = dataclasses.replace(batch, ids=ids)
-    result = estimator(params, buffers, batch, key=key)
-    if state is None:
-        merging.check_mergeable("accumulate", result)
-        return AccumulateState(result, torch.ones((), dtype=torch.int64), seen + rows)
-    return AccumulateState(
-        merging.merge(state.result, result), state.batches + 1, state.examples + rows
+    if isinstance(state, Transform):
+        transform, state = state if transform is None else transform, None
+    options = options_of(
+        estimator, batches, transform, progress, on_update, max_units, target_stderr, on_nonfinite
     )
+    _check_state(state, options)
+    fold = _Fold(options, params, buffers, key, state)
+    total = fold.done + len(batches) if isinstance(batches, Sized) else None
+    stream = iter(batches)
+    with reporting(progress) as report:
+        while not fold.is_finished():
+            batch = next(stream, None)
+            if batch is None:
+                break
+            fold.step(batch)
+            assert fold.state is not None
+            report(fold.done, total)
+            if on_update is not None:
+                on_update(fold.state)
+    return fold.finish()
+
+
+class _Fold:
+    """A fold on its way."""
+
+    def __init__(
+        self,
+        options: Options,
+        params: Any,
+        buffers: Any,
+        key: Tensor | None,
+        state: AccumulateState | None,
+    ) -> None:
+        self.options, self.params, self.buffers, self.key = options, params, buffers, key
+        self.state = state
+        self.done = 0 if state is None else int(state.batches)
+
+    def is_finished(self) -> bool:
+        """Return whether enough units were seen, or the result is good enough."""
+        options, state = self.options, self.state
+        if state is None or state.result is None:
+            return False
+        if options.max_units is not None and float(state.units) >= options.max_units:
+            return True
+        if options.target_stderr is None:
+            return False
+        moments = state.result
+        assert isinstance(moments, WelfordState)
+        if int(moments.updates) < _LEAST_UPDATES:
+            return False
+        error, mean = trees.norm(stderr(moments)), trees.norm(entries(moments.mean))
+        return bool(error <= options.target_stderr * mean)
+
+    def step(self, batch: Any) -> None:
+        """Fold one more batch."""
+        if not isinstance(batch, Batch):
+            raise DataError(
+                f"accumulate: expected batches of type ff.Batch, got {type(batch).__name__} as "
+                f"number {self.done}. Wrap it: ff.Batch(inputs, targets)."
+            )
+        rows, device = _rows(batch)
+        before = self.state or AccumulateState(None, *[torch.zeros((), dtype=torch.int64)] * 2)
+        if batch.ids is None:
+            ids = torch.arange(rows, device=device) + before.examples.to(device)
+            batch = dataclasses.replace(batch, ids=ids)
+        result = self._estimate(batch, before.result)
+        self.done += 1
+        counted = before._replace(batches=before.batches + 1, examples=before.examples + rows)
+        bad = None if self.options.on_nonfinite is None else first_bad_leaf(result)
+        if bad is not None:
+            self._complain(bad, batch)
+            self.state = counted._replace(skipped=before.skipped + 1)
+            return
+        units = _units(result, rows)
+        units = before.units.to(units.device) + units
+        joined = self._joined(before.result, result, batch)
+        self.state = counted._replace(result=joined, units=units)
+
+    def finish(self) -> tuple[Any, AccumulateState]:
+        """Return the result and the state."""
+        if self.state is None:
+            raise DataError(
+                "accumulate: expected at least one batch, got none. A generator is empty when it "
+                "has been used before; build it anew."
+            )
+        if self.state.result is None:
+            raise DataError(
+                f"accumulate: expected at least one batch with a finite result, got "
+                f"{self.done} that were all skipped. See what on_nonfinite='raise' says."
+            )
+        transform = self.options.transform
+        if transform is None:
+            return self.state.result, self.state
+        return transform.read(self.state.result), self.state
+
+    def _estimate(self, batch: Batch, state: Any) -> Any:
+        """Return the estimator's result on a batch; of a pair, that of the one that is due."""
+        estimator = self.options.estimator
+        if isinstance(estimator, tuple):
+            first = state is None or bool(due(state))
+            estimator = estimator[0] if first else estimator[1]
+        return estimator(self.params, self.buffers, batch, key=self.key)
+
+    def _joined(self, before: Any, result: Any, batch: Batch) -> Any:
+        """Return what is remembered after one more result."""
+        transform, estimator = self.options.transform, self.options.estimator
+        if transform is None:
+            if before is None:
+                merging.check_mergeable("accumulate", result)
+                return result
+            return merging.merge(before, result)
+        if before is None:
+            like = result
+            if isinstance(estimator, tuple):  # the other one, once, for what its results look like
+                other = estimator[1](self.params, self.buffers, batch, key=self.key)
+                like = EveryPair(result, other)
+            before = transform.init(like)
+            if isinstance(estimator, tuple) and not isinstance(before, EveryState):
+                raise OptionError(
+                    "accumulate: expected one estimator, got a pair. A pair goes with "
+                    "transform=states.every(n, a, otherwise=b)."
+                )
+        return transform.update(result, before)[1]
+
+    def _complain(self, bad: str, batch: Batch) -> None:
+        """Raise for a batch that is not finite, or log that it is skipped."""
+        assert batch.ids is not None
+        ids = batch.ids.tolist()
+        shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+        what = f"got {bad} in batch number {self.done - 1} (ids {shown})"
+        if self.options.on_nonfinite == "skip":
+            logger.warning("accumulate: skipped a batch that is not finite: %s", what)
+            return
+        raise DataError(
+            f"accumulate: expected finite results, {what}. The outputs or weights of the model "
+            "overflow there: use a wider dtype, repair the data, or leave such batches out with "
+            "on_nonfinite='skip'; clipping gradients would only hide it."
+        )
+
+
+def _units(result: Any, rows: int) -> Tensor:
+    """Return N of a result; the rows of the batch where it does not say."""
+    counts = [getattr(cell, "count", None) for cell in kinds.flatten("accumulate", result)[0]]
+    known = [n for n in counts if isinstance(n, Tensor)]
+    return (known[0] if known else torch.tensor(rows)).detach().double()
 
 
 def _rows(batch: Batch) -> tuple[int, torch.device]:
@@ -150,88 +286,25 @@ def _rows(batch: Batch) -> tuple[int, torch.device]:
     )
 
 
-def _check_arguments(
-    estimator: Any, batches: Any, state: Any, progress: Any, on_update: Any
-) -> None:
-    """Check the types of arguments that would otherwise fail late or in silence."""
-    if not callable(estimator):
-        raise OptionError(
-            f"accumulate: expected an estimator, got {type(estimator).__name__}. "
-            "Pass for instance ff.diagonal(model, likelihood)."
-        )
-    if not isinstance(batches, Iterable):
-        raise DataError(
-            f"accumulate: expected an iterable of batches, got {type(batches).__name__}. "
-            "Put a single batch into a list."
-        )
-    if state is not None and not isinstance(state, AccumulateState):
+def _check_state(state: Any, options: Options) -> None:
+    """Check that a state to go on with is one of this transform."""
+    if state is None:
+        return
+    if not isinstance(state, AccumulateState):
         raise OptionError(
             f"accumulate: expected state from an earlier call, got {type(state).__name__}. "
             "Pass the second value that accumulate returned, not the first."
         )
-    if not isinstance(progress, bool) and not callable(progress):
-        raise OptionError(
-            f"accumulate: expected progress to be True, False or a function, got {progress!r}. "
-            "A function is called with the batches done and their total."
-        )
-    if on_update is not None and not callable(on_update):
-        raise OptionError(
-            f"accumulate: expected on_update to be a function, got {on_update!r}. "
-            "It is called with the state after each batch."
-        )
-
-
-@contextlib.contextmanager
-def _reporting(progress: bool | Report) -> Iterator[Report]:
-    """Give the function to call after each batch; a bar is taken down whatever happens."""
-    if not isinstance(progress, bool):
-        yield progress
+    if state.result is None:
         return
-    if not progress:
-        yield lambda done, total: None
-        return
-    with _random_state_kept():
-        bar = _bar()
-        task = bar.add_task("batches", total=None)
-        bar.start()
-
-    def show(done: int, total: int | None) -> None:
-        with _random_state_kept():
-            bar.update(task, completed=done, total=total, refresh=True)
-
-    try:
-        yield show
-    finally:
-        with _random_state_kept():
-            bar.stop()
-
-
-def _bar() -> Any:
-    """Return a progress bar of rich, on the error stream."""
-    try:
-        from rich import console
-        from rich import progress as bars
-    except ImportError as error:
-        raise UnsupportedError(
-            "accumulate: expected the package rich for progress=True, got none. Install it with "
-            'pip install "fisherfn[app]", or pass a function.'
-        ) from error
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    # No thread that redraws by itself: rich draws from the global random state (see below).
-    return bars.Progress(*columns, console=console.Console(stderr=True), auto_refresh=False)
-
-
-@contextlib.contextmanager
-def _random_state_kept() -> Iterator[None]:
-    """Put the global random state of Python back, from which rich draws; it must not move."""
-    before = random.getstate()
-    try:
-        yield
-    finally:
-        random.setstate(before)
+    made = None
+    if options.transform is not None:
+        made = type(options.transform.init(torch.zeros(()))).__name__
+    mine = type(state.result)
+    found = mine.__name__ if mine.__module__.startswith("fisherfn.states.") else None
+    if made != found:
+        raise OptionError(
+            f"accumulate: expected a state folded with the same transform, got one with "
+            f"{found or 'a plain result'} for {made or 'a plain result'}. Pass the transform= "
+            "of the earlier call."
+        )
