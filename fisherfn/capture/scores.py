@@ -68,19 +68,23 @@ class Captured:
 
     def pull_only(self, cotangents: Any, consume: Consumer, *, last: bool = True) -> None:
         """Like `scores`, for the captured parameters alone."""
-        self.run.pull(cotangents, self._receiver(consume), last=last)
+        columns = trees.leaves(cotangents)[0].shape[0]
+        self.run.pull(cotangents, self._receiver(consume, columns if last else None), last=last)
 
-    def _receiver(self, consume: Consumer) -> Receiver:
-        """Return what turns the cotangents of taps into scores of parameters."""
+    def _receiver(self, consume: Consumer, columns: int | None = None) -> Receiver:
+        """Return what turns the cotangents of taps into scores of parameters.
+
+        After `columns` cotangents, if that is known, the inputs of a tap are let go.
+        """
         waiting: dict[int, list[tuple[Form, View]]] = {}
         arrived = [0] * len(self.leaves)
-        expected = [trees.leaves(cotangents)[0].shape[0]] * len(self.plan.taps)
+        left = [columns or 0] * len(self.plan.taps)
 
         def receive(index: int, g: Tensor) -> None:
             tap, kept = self.plan.taps[index], self.run.kept[index]
-            expected[index] -= g.shape[0]
-            if last and not expected[index]:
-                self.run.kept[index] = ()  # nobody needs the inputs of this layer any more
+            left[index] -= g.shape[0]
+            if columns is not None and not left[index]:
+                self.run.kept[index] = ()
             with _exact_arithmetic(self.composed, g):
                 for leaf, form, view in forms_of(tap, kept, g, self.batch):
                     waiting.setdefault(leaf, []).append((form, view))

@@ -127,7 +127,9 @@ class _Loop:
         self.model, self.likelihood, self.jobs = model, likelihood, jobs
         self.params, self.buffers, self.batch, self.size = params, buffers, batch, size
         normalised = any(job.statistic.normalised for job in jobs)
-        self.observer = Observer(caller, likelihood, batch, key, size, normalised=normalised)
+        self.observer = Observer(
+            caller, likelihood, batch, key, size, normalised=normalised, later=True
+        )
         for job in jobs:
             job.statistic.begin(params)
             job.statistic.expect(size)
@@ -153,6 +155,7 @@ class _Loop:
             if step < self.size:
                 for sample in samples:
                     self._end_draw(groups, sample)
+        self.observer.settle()
         return [self.observer.counted[job.labels.unit].total for job in self.jobs]
 
     def _end_draw(self, groups: dict[Labels, list[_Job]], sample: int) -> None:

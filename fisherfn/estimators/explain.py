@@ -156,7 +156,8 @@ def _explain(
         costs[leaf] = scores.multiplications()
 
     # explaining must stay cheap: parameters on the general path are counted, not run
-    captured.pull_only(trees.map(lambda t: torch.ones_like(t).unsqueeze(0), captured.outputs), note)
+    ones = trees.map(lambda t: torch.ones_like(t).unsqueeze(0), captured.outputs)
+    captured.pull_only(ones, note, last=False)
     paths = trees.paths(params)
     rows = tuple(
         _row(i, paths[i], leaves[i], plan, captured, costs.get(i, 0)) for i in range(len(leaves))

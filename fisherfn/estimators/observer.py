@@ -5,7 +5,7 @@ Estimators and products share it, so that they mean the same by N, a mask, a wei
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -32,12 +32,35 @@ class Observer:
         size: int,
         *,
         normalised: bool,
+        later: bool = False,
     ) -> None:
-        """Observe a batch of `size` examples; `normalised` results need something that counts."""
+        """Observe a batch of `size` examples; `normalised` results need something that counts.
+
+        `later` puts off what is raised for values until `settle`: reading them right away would
+        make a GPU wait between the forward and the backward.
+        """
         self.caller, self.likelihood = caller, likelihood
         self.batch, self.key, self.size = batch, key, size
         self.normalised = normalised
+        self.later = later
         self.counted: dict[str, Counted] = {}
+        self._open: list[Callable[[], None]] = []
+
+    def settle(self) -> None:
+        """Raise for the values that were put off.
+
+        Raises:
+            DataError: targets that count are no targets, or nothing counts.
+        """
+        for question in self._open:
+            question()
+        self._open.clear()
+
+    def _ask(self, question: Callable[[], None]) -> None:
+        if self.later:
+            self._open.append(question)
+        else:
+            question()
 
     def observe(
         self, outputs: Any, units: Iterable[str], start: int, stop: int, *, targets_count: bool
@@ -75,8 +98,7 @@ class Observer:
         bad = None
         if targets_count:
             mask = part.mask if part.masked else None
-            self.likelihood.check_targets(self.caller, outputs, targets, mask)
-            bad = self._poison(outputs, targets, mask)
+            bad = self._check_targets(outputs, targets, mask)
         ids = self.batch.ids
         if ids is None:
             ids = torch.arange(self.size, device=like.device)
@@ -98,22 +120,30 @@ class Observer:
             )
         return found
 
-    def _poison(self, outputs: Any, targets: Any, mask: Tensor | None) -> Tensor | None:
-        """Where values cannot be looked at, return what turns every result into NaN, or 1."""
+    def _check_targets(self, outputs: Any, targets: Any, mask: Tensor | None) -> Tensor | None:
+        """Check the targets; return what poisons every result where values cannot be looked at."""
+        self.likelihood.check_targets_fit(self.caller, outputs, targets)
+        bad = self.likelihood.invalid(outputs, targets, mask)
         if concrete(*trees.leaves((outputs, targets))):
+            shapes = trees.map(lambda t: t.new_empty(()).expand(t.shape), outputs)
+            raise_invalid = self.likelihood.raise_invalid
+            self._ask(lambda: raise_invalid(self.caller, shapes, targets, bad))
             return None
-        bad = self.likelihood.poison(outputs, targets, mask)
         dtype = torch.promote_types(trees.leaves(outputs)[0].dtype, torch.float32)
         one = torch.ones((), dtype=dtype, device=bad.device)
-        return torch.where(bad, torch.full_like(one, float("nan")), one)
+        return torch.where(bad.any(), torch.full_like(one, float("nan")), one)
 
     def _check_total(self, counted: Counted) -> None:
-        if not self.normalised:
+        if not self.normalised or not concrete(counted.total):
             return
-        if concrete(counted.total) and not bool(counted.total > 0):
+        if self.batch.mask is not None or self.batch.weights is not None:
+            self._ask(lambda: self._raise_empty(counted.total))
+
+    def _raise_empty(self, total: Tensor) -> None:
+        if not bool(total > 0):
             raise DataError(
                 f"{self.caller}: expected at least one unit to count, got a total weight of "
-                f"{counted.total.item():g}: everything is masked or has weight 0. Skip the batch."
+                f"{total.item():g}: everything is masked or has weight 0. Skip the batch."
             )
 
 

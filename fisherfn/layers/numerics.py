@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -36,6 +37,26 @@ def blocks(total: int, bytes_each: int, like: Tensor) -> Iterator[tuple[int, int
     step = max(1, block_bytes(like) // max(1, bytes_each))
     for start in range(0, total, step):
         yield start, min(total, start + step)
+
+
+@contextmanager
+def convolution_precision(like: Tensor) -> Iterator[None]:
+    """Multiply as precisely as the convolution's own gradient would be on the device of `like`.
+
+    torch lets convolutions round float32 to TensorFloat-32 by default, but not matrix products.
+    The contraction of a convolution is a matrix product; it follows the choice for convolutions.
+    """
+    matmul = torch.backends.cuda.matmul
+    ours = like.device.type == "cuda" and not transformed()
+    if not ours or torch.backends.cudnn.conv.fp32_precision != "tf32":
+        yield
+        return
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
 
 
 def accumulate(total: Tensor | None, term: Tensor) -> Tensor:

@@ -123,6 +123,11 @@ class Likelihood(ABC):
             ShapeError: Type, dtype or shape do not fit the outputs.
             DataError: There are no targets, or values out of range or NaN where the mask is true.
         """
+        self.check_targets_fit(caller, outputs, targets)
+        self.raise_invalid(caller, outputs, targets, self.invalid(outputs, targets, mask))
+
+    def check_targets_fit(self, caller: str, outputs: Any, targets: Any) -> None:
+        """Raise unless there are targets whose structure fits the outputs; no value is read."""
         if targets is None:
             raise DataError(
                 f"{caller}: expected targets, got None at targets. Give Batch(targets=...), or use "
@@ -130,7 +135,15 @@ class Likelihood(ABC):
             )
         self.check_outputs(caller, outputs)
         self.check_structure(caller, outputs, targets)
-        bad = self.invalid(outputs, targets, mask)
+
+    def raise_invalid(self, caller: str, outputs: Any, targets: Any, bad: Tensor) -> None:
+        """Raise if `bad`, which `invalid` returned, is true anywhere and may be looked at.
+
+        Of the outputs only the shapes are used.
+
+        Raises:
+            DataError: Some targets that count cannot be drawn.
+        """
         if not concrete(bad) or not bool(bad.any()):
             return
         where = tuple(int(i) for i in bad.nonzero()[0])
