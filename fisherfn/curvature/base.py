@@ -39,7 +39,7 @@ from fisherfn.core.errors import OptionError, ShapeError, UnsupportedError
 from fisherfn.core.merging import joined_count, merge_weights, toward
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
-from fisherfn.curvature.common import Scalar, combine, hypot, is_number
+from fisherfn.curvature.common import Scalar, combine, hypot, is_number, scalar_like
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -66,6 +66,8 @@ class Result(abc.ABC):
     #: Whether these, `count` and `stderr` are all the data there is, so that an average of results
     #: is taken entry by entry. Where it is not, averages go through `merge`.
     _entrywise: ClassVar[bool] = False
+    #: Fields besides `count` that count units or rows of the same data, and so grow with it.
+    _tallies: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:  # every result is a dataclass
         __dataclass_fields__: ClassVar[dict[str, Any]]
@@ -168,6 +170,16 @@ class Result(abc.ABC):
             )
         return fields if len(fields) > 1 else next(iter(fields.values()))
 
+    def _with_count(self, count: Tensor) -> Self:
+        """Return the result on more or less data of the same kind, so that N is this."""
+        none = self.count == 0
+        ratio = torch.where(none, 0.0, count / torch.where(none, 1.0, self.count))
+        changes = {
+            name: trees.map(lambda n: n * scalar_like(ratio, n), getattr(self, name))
+            for name in self._tallies
+        }
+        return replace(self, count=count, **changes)
+
     def __fisher_toward__(self, other: Self, share: Tensor) -> Self:
         """Return self + share·(other − self), the average of two results with these shares.
 
@@ -178,8 +190,9 @@ class Result(abc.ABC):
         kept = 1.0 - share
         count = joined_count(self.count, kept, other.count, share)
         if not self._entrywise:
-            merged = replace(self, count=kept).__fisher_merge__(replace(other, count=share))
-            return replace(merged, count=count)
+            return (
+                self._with_count(kept).__fisher_merge__(other._with_count(share))._with_count(count)
+            )
         changes: dict[str, Any] = {"count": count}
         for name in self._averages:
             ours, theirs = getattr(self, name), getattr(other, name)

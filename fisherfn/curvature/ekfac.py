@@ -92,6 +92,7 @@ class EKFAC(Kronecker):
     unit: str = "example"
 
     _by_block: ClassVar[tuple[str, ...]] = ("scales", "output_basis", "input_basis")
+    _averages = ("scales", "rest")
 
     def _summary(self) -> str:
         return f"{super()._summary()}, basis={self.basis!r}"

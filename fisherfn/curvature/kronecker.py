@@ -177,6 +177,17 @@ class Kronecker(Curvature):
     #: The fields with tensors of blocks.
     _by_block: ClassVar[tuple[str, ...]] = ()
 
+    def __fisher_tensors__(self) -> dict[str, dict[str, Tensor]]:
+        # A side that is kept as rows is no average of them.
+        rows = {
+            "inputs": [b.name for b in self.blocks if b.input_form == "rows"],
+            "outputs": [b.name for b in self.blocks if b.output_form == "rows"],
+        }
+        return {
+            field: {k: x for k, x in getattr(self, field).items() if k not in rows.get(field, ())}
+            for field in self._averages
+        }
+
     def stripped(self) -> dict[str, Any]:
         """Return the tensors, under descriptions of their blocks; `restored` undoes it."""
         texts = {b.name: b.text() for b in self.blocks}

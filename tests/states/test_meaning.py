@@ -1,0 +1,115 @@
+"""Averages of results that are more than their entries: Kronecker factors, bases, rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from states.test_ema import close, folded
+from torch import Tensor
+
+import fisherfn as ff
+from fisherfn.core import trees
+from fisherfn.core.errors import OptionError
+from fisherfn.states import accumulate, ema, variance, welford, window
+
+LIKELIHOOD = ff.likelihoods.categorical()
+
+
+def network() -> tuple[Any, Any, Any]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(
+            torch.nn.Linear(4, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3)
+        ).double()
+    return ff.functional(net)
+
+
+def batch(seed: int, n: int, lengths: bool = False) -> ff.Batch:
+    shape = (n, 4, 4) if lengths else (n, 4)
+    x = ff.random.normal(ff.random.key(seed), shape, torch.float64)
+    mask = torch.arange(4) <= (torch.arange(n) + seed).unsqueeze(1) % 4 if lengths else None
+    ids = torch.arange(n) + 100 * seed
+    return ff.Batch(x, targets=torch.zeros(x.shape[:-1], dtype=torch.int64), mask=mask, ids=ids)
+
+
+def factors(seed: int, n: int = 5, lengths: bool = False) -> Any:
+    model, params, buffers = network()
+    fim = ff.kfac(model, LIKELIHOOD, fisher="empirical")
+    return fim(params, buffers, batch(seed, n, lengths))
+
+
+def test_factors_are_averaged_not_their_products() -> None:
+    members = [factors(i) for i in range(3)]
+    reading, _ = folded(ema(0.5), members)
+    for name in reading.inputs:
+        for side in ("inputs", "outputs"):
+            parts = [getattr(F, side)[name] for F in members]
+            want = (0.25 * parts[0] + 0.5 * parts[1] + parts[2]) / 1.75
+            torch.testing.assert_close(getattr(reading, side)[name], want)
+    assert type(reading) is type(members[0])
+    model_answer = reading.solve(network()[1], damping=0.1)
+    assert all(t.isfinite().all() for t in trees.leaves(model_answer))
+
+
+def test_a_constant_stays_in_every_field_that_is_no_count() -> None:
+    F = factors(0)
+    for transform in (ema(0.9), welford(), window(3)):
+        reading, _ = folded(transform, [F] * 5)
+        close(reading.inputs, F.inputs)
+        close(reading.outputs, F.outputs)
+        close(reading.eigenvalues(), F.eigenvalues())
+
+
+def test_welford_of_factors_is_the_factors_of_all_data() -> None:
+    # rows differ from batch to batch, so the mean over rows is not the mean of means
+    model, params, buffers = network()
+    fim = ff.kfac(model, LIKELIHOOD, fisher="empirical")
+    data = [batch(i, n, lengths=True) for i, n in enumerate((3, 6, 2))]
+    plain, _ = accumulate(fim, params, buffers, data)
+    mean, state = accumulate(fim, params, buffers, data, transform=welford())
+    for name in ("inputs", "outputs", "rows", "rest"):
+        close(getattr(mean, name), getattr(plain, name), 1e-10)
+    torch.testing.assert_close(mean.count, plain.count, check_dtype=False)
+    assert set(variance(state.result)) == {"inputs", "outputs", "rest"}
+
+
+def test_scales_in_one_basis_are_averaged_and_other_bases_refused() -> None:
+    model, params, buffers = network()
+    first = ff.ekfac(model, LIKELIHOOD, fisher="empirical")(params, buffers, batch(0, 5))
+    given = ff.ekfac(model, LIKELIHOOD, fisher="empirical", basis=first)
+    members = [given(params, buffers, batch(i, 5)) for i in range(3)]
+    reading, _ = folded(ema(0.5), members)
+    for name in reading.scales:
+        parts = [F.scales[name] for F in members]
+        want = (0.25 * parts[0] + 0.5 * parts[1] + parts[2]) / 1.75
+        torch.testing.assert_close(reading.scales[name], want)
+        assert torch.equal(reading.output_basis[name], first.output_basis[name])
+    own = ff.ekfac(model, LIKELIHOOD, fisher="empirical")
+    state = ema(0.5).init(first)
+    with pytest.raises(OptionError, match="in the same bases"):
+        ema(0.5).update(own(params, buffers, batch(3, 5)), state)
+
+
+def test_rows_of_a_low_rank_result_are_kept_with_their_shares() -> None:
+    model, params, buffers = network()
+    fim = ff.low_rank(model, LIKELIHOOD, fisher="empirical")
+    members = [fim(params, buffers, batch(i, 3)) for i in range(3)]
+    reading, _ = folded(ema(0.5), members)
+    dense = [F.to_dense() for F in members]
+    want = (0.25 * dense[0] + 0.5 * dense[1] + dense[2]) / 1.75
+    torch.testing.assert_close(reading.to_dense(), want)
+
+
+def test_group_sums_are_averaged() -> None:
+    model, params, buffers = network()
+    fim = ff.grouped(model, LIKELIHOOD, ff.groups.infer(params), fisher="empirical")
+    members: list[Any] = [fim(params, buffers, batch(i, 4)) for i in range(3)]
+    reading, state = folded(welford(), members)
+    whole = ff.merge(ff.merge(members[0], members[1]), members[2])
+    close(reading.values, whole.values)
+    columns: dict[str, Tensor] = {
+        name: torch.stack([F.values[name] for F in members]) for name in whole.values
+    }
+    close(variance(state), {name: x.var(0) for name, x in columns.items()})
