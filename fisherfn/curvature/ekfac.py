@@ -93,6 +93,7 @@ class EKFAC(Kronecker):
 
     _by_block: ClassVar[tuple[str, ...]] = ("scales", "output_basis", "input_basis")
     _averages = ("scales", "rest")
+    _tallies = ()
 
     def _summary(self) -> str:
         return f"{super()._summary()}, basis={self.basis!r}"
@@ -172,13 +173,13 @@ class EKFAC(Kronecker):
 
     def _apply(self, matrices: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
         """Return stacks [..., R, O, I] multiplied by the matrices with these scales."""
-        found = []
-        for b, x, s in zip(self.blocks, matrices, scales, strict=True):
-            left, right = wide(self.output_basis[b.name]), self.input_basis.get(b.name)
-            dtype = torch.promote_types(torch.promote_types(x.dtype, left.dtype), s.dtype)
-            right = None if right is None else right.to(dtype)
-            found.append(in_basis(x.to(dtype), s.to(dtype), left.to(dtype), right, _thin(b)))
-        return found
+        return [self._turn(*each) for each in zip(self.blocks, matrices, scales, strict=True)]
+
+    def _turn(self, b: Block, x: Tensor, s: Tensor) -> Tensor:
+        left, right = self.output_basis[b.name], self.input_basis.get(b.name)
+        dtype = widest([x, left, s])
+        right = None if right is None else right.to(dtype)
+        return in_basis(x.to(dtype), s.to(dtype), left.to(dtype), right, _thin(b))
 
     def _multiplicities(self, b: Block) -> tuple[int, int]:
         """Return the dimensions of the complements of both bases."""
@@ -343,12 +344,9 @@ class EKFAC(Kronecker):
             scales = wide(self.scales[b.name])
             eye = torch.eye(n, dtype=scales.dtype, device=scales.device)
             units = eye.reshape(n, 1, b.outputs, b.inputs).expand(-1, b.groups, -1, -1)
-            found = self._only(b)._apply([units], [scales])[0]
+            found = self._turn(b, units, scales)
             matrices.append(found.reshape(n, b.groups, n).permute(1, 2, 0))
         return self._dense(matrices, widest([*matrices, *self.rest.values()]))
-
-    def _only(self, b: Block) -> Self:
-        return replace(self, blocks=(b,))
 
 
 trees.register_dataclass_node(

@@ -108,8 +108,6 @@ class KFAC(Kronecker):
     unit: str = "example"
 
     _by_block: ClassVar[tuple[str, ...]] = ("inputs", "outputs", "rows")
-    _averages = ("inputs", "outputs", "rest")
-    _tallies = ("rows",)
 
     def _summary(self) -> str:
         return f"{super()._summary()}, {self.approx}"

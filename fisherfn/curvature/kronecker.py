@@ -176,6 +176,8 @@ class Kronecker(Curvature):
 
     #: The fields with tensors of blocks.
     _by_block: ClassVar[tuple[str, ...]] = ()
+    _averages = ("inputs", "outputs", "rest")
+    _tallies = ("rows",)
 
     def __fisher_tensors__(self) -> dict[str, dict[str, Tensor]]:
         # A side that is kept as rows is no average of them.
