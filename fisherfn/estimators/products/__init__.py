@@ -1,0 +1,1 @@
+"""Products with matrices that are never formed: Fisher information and Hessian."""
