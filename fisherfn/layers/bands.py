@@ -44,6 +44,9 @@ class Geometry:
 
         `places` is the number of windows along each dimension; windows beyond it are dropped.
         """
+        if len(self.kernel) == 2 and x.device.type == "cpu":  # one launch an example elsewhere
+            cut = F.unfold(self.padded(x, places), self.kernel, self.dilation, 0, self.stride)
+            return cut.unflatten(1, (self.groups, -1)).transpose(-1, -2)
         cut = self.bands(x, places)
         n, groups, t, _ = cut[0].shape
         rest = math.prod(self.kernel[1:])

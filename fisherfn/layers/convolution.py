@@ -41,6 +41,10 @@ def _examples(t: Tensor, m: int) -> Tensor:
     return t.reshape(*t.shape[:2], -1, t.shape[-1])
 
 
+# A product with fewer columns than this is slower than copying whole patches.
+_NARROW = 32
+
+
 @dataclass(frozen=True)
 class Unfolded(Form):
     """Scores of a convolution; patches are made for a block of examples at a time.
@@ -114,7 +118,7 @@ class Unfolded(Form):
 
     def square_sum(self, total: Tensor | None = None) -> Tensor:
         """Return `total` plus the sum of squared scores."""
-        sums: list[Tensor | None] = [None] * self.geometry.kernel[0]
+        sums: list[Tensor | None] = [None] * self._rows_of_window
         with convolution_precision(self.g):
             for part in self._parts():
                 for row, band in enumerate(part._bands()):
@@ -123,7 +127,7 @@ class Unfolded(Form):
 
     def sum(self) -> Tensor:
         """Return the sum of the scores."""
-        sums: list[Tensor | None] = [None] * self.geometry.kernel[0]
+        sums: list[Tensor | None] = [None] * self._rows_of_window
         with convolution_precision(self.g):
             for part in self._parts():
                 for row, band in enumerate(part._bands()):
@@ -142,8 +146,19 @@ class Unfolded(Form):
                 found.append(total)
         return torch.cat(found, dim=1)
 
+    @property
+    def _rows_of_window(self) -> int:
+        """How many rows of the window are contracted apart: all, or one if they are narrow."""
+        geometry = self.geometry
+        moving = self.g.shape[3] if self.transposed else self.x.shape[2]
+        width = moving // geometry.groups * math.prod(geometry.kernel[1:])
+        return geometry.kernel[0] if width >= _NARROW else 1
+
     def _bands(self) -> Iterator[Outer]:
-        """Yield the outer form for each row of the window."""
+        """Yield the outer form for each row of the window, or that of the whole window."""
+        if self._rows_of_window == 1:
+            yield self.outer()
+            return
         (k, b, m), geometry = self.g.shape[:3], self.geometry
         x = self.x.reshape(b * m, *self.x.shape[2:])
         g = self.g.reshape(k * b * m, *self.g.shape[3:])
@@ -167,10 +182,12 @@ class Unfolded(Form):
 
     def _parts(self) -> Iterator[Unfolded]:
         """Yield a few examples at a time, as memory allows."""
-        window = math.prod(self.geometry.kernel[1:])
+        rows = self._rows_of_window
+        kernel = self.geometry.kernel
+        window = math.prod(kernel if rows == 1 else kernel[1:])
         moving = self.g if self.transposed else self.x
         copied = moving.numel() // max(1, self.batch) * window * moving.element_size()
-        each = max(copied, self.score_bytes // self.geometry.kernel[0])
+        each = max(copied, self.score_bytes // rows)
         for start, stop in blocks(self.batch, each, self.x):
             yield self.part(start, stop)
 
