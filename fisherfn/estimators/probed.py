@@ -1,0 +1,94 @@
+"""The trace of the Fisher information from its products with random vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fisherfn import linalg
+from fisherfn.batch import Batch
+from fisherfn.core import random
+from fisherfn.core.errors import OptionError
+from fisherfn.estimators import opaque
+from fisherfn.estimators.products.linearized import linearized
+from fisherfn.likelihoods.base import Likelihood
+from fisherfn.linalg.hutchinson import stopper
+from fisherfn.linalg.probes import check_probes
+from fisherfn.linalg.results import Estimate
+from fisherfn.linalg.space import check_count, check_key
+
+METHODS = {"hutchinson": linalg.hutchinson, "hutchpp": linalg.hutchpp, "xtrace": linalg.xtrace}
+_FEWEST = {"hutchinson": 1, "hutchpp": 3, "xtrace": 4}
+_PRODUCTS = 30
+
+
+@dataclass(frozen=True, eq=False)
+class ProbedTrace:
+    """An estimator of the trace: called with `(params, buffers, batch, *, key)`.
+
+    Attributes:
+        name: The function that made it.
+        model: The function `(params, buffers, inputs) -> outputs`.
+        likelihood: What turns outputs into a distribution.
+        options: The keyword options.
+    """
+
+    name: str
+    model: Any
+    likelihood: Likelihood
+    options: Mapping[str, Any]
+    slot: str = field(init=False, repr=False, default="")
+
+    def __post_init__(self) -> None:
+        """Check the options, make them read-only, and take a name for compiled code."""
+        name, options = self.name, dict(self.options)
+        method = options["method"]
+        if method not in METHODS:
+            known = ", ".join(map(repr, ("exact", *METHODS)))
+            raise OptionError(
+                f"{name}: expected method= to be one of {known}, got {method!r}. 'exact' adds up "
+                "the squared norms of single scores."
+            )
+        if options["num_matvecs"] is not None:
+            advice = "It is the number of products with random vectors."
+            check_count(name, "num_matvecs", options["num_matvecs"], _FEWEST[method], advice)
+        if options["probes"] is not None:
+            check_probes(name, options["probes"], 1.0)
+        stopper(name, options["target_stderr"], options["relative"])
+        object.__setattr__(self, "options", MappingProxyType(options))
+        object.__setattr__(self, "slot", opaque.register(self))
+
+    def __call__(
+        self, params: Any, buffers: Any, batch: Batch, *, key: Tensor | None = None
+    ) -> Estimate:
+        """Estimate on one batch."""
+        if torch.compiler.is_dynamo_compiling():
+            return opaque.call(self.slot, params, buffers, batch, key)
+        return self.traced(params, buffers, batch, key)
+
+    def traced(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Estimate:
+        """Multiply random vectors; labels and vectors are drawn from different keys."""
+        check_key(self.name, key)
+        assert key is not None
+        given = {name: self.options[name] for name in ("fisher", "num_samples", "unit")}
+        matrix = linearized(
+            self.model, self.likelihood, chunk_size=self.options["chunk_size"], **given
+        )
+        labels, vectors = random.split(key).unbind(0)
+        product = matrix(params, buffers, batch, key=labels)
+        options: dict[str, Any] = {
+            "num_matvecs": self.options["num_matvecs"] or _PRODUCTS,
+            "target_stderr": self.options["target_stderr"],
+            "relative": self.options["relative"],
+        }
+        if self.options["probes"] is not None:
+            options["probes"] = self.options["probes"]
+        found = METHODS[self.options["method"]](product, params, key=vectors, **options)
+        return replace(
+            found, count=product.count, fisher=self.options["fisher"], unit=self.options["unit"]
+        )

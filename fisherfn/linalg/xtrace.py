@@ -1,0 +1,206 @@
+"""XTrace and XDiag: every product serves both the low-rank part and the random part."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fisherfn.core import trees
+from fisherfn.core.trees import Tree
+from fisherfn.linalg.hutchinson import FEWEST, at_least_rounding, check_sampling, stopper, summary
+from fisherfn.linalg.probes import check_probes
+from fisherfn.linalg.results import Estimate
+from fisherfn.linalg.sketch import Sketch, check_columns
+from fisherfn.linalg.space import Operator, Space, rows
+
+_ADVICE = "Half of the products are with test vectors, half with the basis of their images."
+
+
+def xtrace(
+    mv: Operator,
+    like: Tree,
+    *,
+    num_matvecs: int = 30,
+    key: Tensor,
+    probes: str = "sphere",
+    density: float = 1.0,
+    target_stderr: float | None = None,
+    relative: bool = False,
+    chunk_size: int = 1,
+) -> Estimate:
+    """Estimate the trace of a symmetric operator by XTrace: leave one out, of every test vector.
+
+    For each test vector i, with Q_i an orthonormal basis of A times the others,
+    tr(Q_iᵀ A Q_i) + (P − m + 1) · pᵀ A p / pᵀ p with p = (I − Q_i Q_iᵀ) ω_i is an unbiased
+    estimate of the trace; the result is the mean of all. (The factor is 1 instead for Rademacher
+    and sparse test vectors, whose direction is not uniform.)
+
+    Args:
+        mv: Function tree -> tree, v to A v, symmetric.
+        like: Tree like v; only shapes, dtypes and devices matter.
+        num_matvecs: Products, at most; rounded down to an even number, at least 4.
+        key: Random key.
+        probes: "sphere", "gaussian" or "rademacher".
+        density: Share of entries that are not zero; see `hutchinson`.
+        target_stderr: Stop as soon as the standard error is at most this, after 5 test vectors or
+            more. No product is wasted by looking.
+        relative: Whether the target is a share of the value.
+        chunk_size: Vectors multiplied together by `torch.vmap`.
+
+    Returns:
+        `Estimate`, 0-d tensors; the standard error is that of the mean of the single estimates,
+        taken as independent, and never less than what rounding does.
+
+    Raises:
+        OptionError: an option does not exist; fewer than 4 products, or more than dimensions.
+        TreeMismatchError: mv does not return a tree like its argument.
+        UnsupportedError: target_stderr inside `torch.compile` or `torch.func`.
+
+    Cost: num_matvecs products, memory of num_matvecs vectors. Without target_stderr it compiles.
+
+    Reference: Epperly, Tropp & Webber (2024), XTrace: Making the most of every sample in stochastic
+    trace estimation, SIAM J. Matrix Anal. Appl. 45(1), sections 2.1 to 2.3.
+
+    Example:
+        >>> import torch
+        >>> import fisherfn as ff
+        >>> scale = 0.5 ** torch.arange(50.0, dtype=torch.float64)  # trace 2
+        >>> mv = lambda v: {"w": scale * v["w"]}
+        >>> like = {"w": torch.zeros(50, dtype=torch.float64)}
+        >>> found = ff.linalg.xtrace(mv, like, num_matvecs=30, key=ff.random.key(0))
+        >>> bool((found.value - 2).abs() < 5 * found.stderr), bool(found.stderr < 1e-3)
+        (True, True)
+    """
+    space = Space("xtrace", like, mv)
+    check_sampling("xtrace", num_matvecs, 4, key, chunk_size, _ADVICE)
+    check_probes("xtrace", probes, density)
+    stop = stopper("xtrace", target_stderr, relative)
+    most = num_matvecs // 2
+    check_columns("xtrace", space, most, 2)
+    sketch = Sketch(space, mv, key, probes, chunk_size, most, density)
+    uniform = probes != "rademacher" and density == 1
+    h = torch.zeros(0, 0, dtype=space.small, device=space.device)
+    step = most if stop is None else chunk_size
+    value = stderr = torch.zeros((), dtype=space.small, device=space.device)
+    while sketch.count < most:
+        before = sketch.count
+        sketch.grow(min(most, before + step))
+        h = _project(sketch, h, before)
+        if sketch.count < 2:
+            continue
+        value, stderr = summary(_leave_one_out(sketch, h, uniform))
+        stderr = at_least_rounding(space, stderr, h)
+        if stop is not None and sketch.count >= FEWEST and stop(value, stderr):
+            break
+    return Estimate(value.to(space.dtype), stderr.to(space.dtype), matvecs=2 * sketch.count)
+
+
+def _project(sketch: Sketch, h: Tensor, before: int) -> Tensor:
+    """Return H = Qᵀ A Q, given that of the first `before` columns."""
+    space, basis = sketch.space, sketch.basis
+    assert basis is not None
+    columns = []
+    for start in range(before, sketch.count, sketch.chunk_size):
+        stop = min(sketch.count, start + sketch.chunk_size)
+        z = space.apply(sketch.mv, rows(basis.vectors, start, stop), sketch.chunk_size)
+        columns.append(space.gram(basis.vectors, z))
+    new = torch.cat(columns, dim=1)
+    # A is symmetric: what new columns say of old rows is what old columns would say of new rows
+    upper = torch.cat([h, new[:before]], dim=1)
+    return torch.cat([upper, torch.cat([new[:before].T, new[before:]], dim=1)])
+
+
+def _leave_one_out(sketch: Sketch, h: Tensor, uniform: bool) -> Tensor:
+    """Return the estimate without each of the test vectors, `[m]`."""
+    space, basis, omega, r = sketch.space, sketch.basis, sketch.omega, sketch.r
+    assert basis is not None
+    assert omega is not None
+    s, _ = sketch.directions()
+    w = space.gram(basis.vectors, omega.vectors)
+    u = w - s * (s * w).sum(0)  # the part of ω_i inside the range of the others
+    inside = h.diagonal().sum() - (s * (h @ s)).sum(0)
+    # pᵀ A p for p = ω − Q u, from A ω = Q r
+    outside = ((w - 2.0 * u) * r).sum(0) + (u * (h @ u)).sum(0)
+    if not uniform:
+        return inside + outside
+    squared = space.norms(omega.vectors) ** 2
+    length = squared - (u * u).sum(0)
+    # all directions are taken when nothing is left of ω
+    some = length > space.eps * squared
+    factor = (space.size - sketch.count + 1) / torch.where(some, length, torch.ones_like(length))
+    return inside + torch.where(some, factor * outside, torch.zeros_like(outside))
+
+
+def xdiag(
+    mv: Operator,
+    like: Tree,
+    *,
+    num_matvecs: int = 30,
+    key: Tensor,
+    probes: str = "rademacher",
+    density: float = 1.0,
+    chunk_size: int = 1,
+) -> Estimate:
+    """Estimate the diagonal of a symmetric operator by XDiag: leave one out, of every test vector.
+
+    For each test vector i, with Q_i an orthonormal basis of A times the others,
+    diag(Q_i Q_iᵀ A) + ω_i ∘ (I − Q_i Q_iᵀ) A ω_i is an unbiased estimate of the diagonal; the
+    result is the mean of all.
+
+    Args:
+        mv: Function tree -> tree, v to A v, symmetric.
+        like: Tree like v; only shapes, dtypes and devices matter.
+        num_matvecs: Products; rounded down to an even number, at least 4.
+        key: Random key.
+        probes: "rademacher", "gaussian" or "sphere"; signs have the least variance.
+        density: Share of entries that are not zero; see `hutchinson`.
+        chunk_size: Vectors multiplied together by `torch.vmap`.
+
+    Returns:
+        `Estimate` of trees like v.
+
+    Raises:
+        OptionError: an option does not exist; fewer than 4 products, or more than dimensions.
+        TreeMismatchError: mv does not return a tree like its argument.
+
+    Cost: num_matvecs products, memory of 5/2 num_matvecs vectors. It compiles.
+
+    Reference: Epperly, Tropp & Webber (2024), XTrace: Making the most of every sample in stochastic
+    trace estimation, SIAM J. Matrix Anal. Appl. 45(1), section 3.3.
+
+    Example:
+        >>> import torch
+        >>> import fisherfn as ff
+        >>> a = torch.tensor([4.0, 2.0, 1.0], dtype=torch.float64)
+        >>> mv = lambda v: {"w": a * (a @ v["w"])}  # rank one
+        >>> like = {"w": torch.zeros(3, dtype=torch.float64)}
+        >>> ff.linalg.xdiag(mv, like, num_matvecs=4, key=ff.random.key(0)).value["w"]
+        tensor([16.,  4.,  1.], dtype=torch.float64)
+    """
+    space = Space("xdiag", like, mv)
+    check_sampling("xdiag", num_matvecs, 4, key, chunk_size, _ADVICE)
+    check_probes("xdiag", probes, density)
+    most = num_matvecs // 2
+    check_columns("xdiag", space, most, 2)
+    sketch = Sketch(space, mv, key, probes, chunk_size, most, density)
+    sketch.grow(most)
+    assert sketch.basis is not None
+    assert sketch.omega is not None
+    s, pivots = sketch.directions()
+    q = sketch.basis.vectors
+    z = space.apply(mv, q, chunk_size)
+    values, errors = [], []
+    for qi, zi, oi, leaf in zip(q, z, sketch.omega.vectors, space.leaves, strict=True):
+        st = s.T.to(qi.device, qi.dtype)
+        qs, zs = st @ qi, st @ zi
+        scale = pivots.to(qi.device, qi.dtype).unsqueeze(-1)
+        # (I − Q_i Q_iᵀ) A ω_i = Q s_i (s_iᵀ r_i)
+        single = qs * (scale * oi - zs)
+        mean, stderr = summary(single)
+        values.append(((qi * zi).sum(0) + mean).reshape(leaf.shape))
+        errors.append(stderr.reshape(leaf.shape))
+    return Estimate(
+        trees.unflatten(space.structure, values),
+        trees.unflatten(space.structure, errors),
+        matvecs=2 * most,
+    )
