@@ -57,9 +57,37 @@ def _moments(result: Any) -> Values:
     }
 
 
+def groups(module: torch.nn.Module) -> dict[str, ff.groups.GroupSpec]:
+    """Return channels, heads, rows and elements of a workload's model."""
+    rules = [  # of `models.GPT`, whose attention is no module of torch's
+        (r"blocks\.\d+\.qkv\.weight$", lambda t: ff.groups.heads(t.shape, 4, layout="qkv")),
+        (r"blocks\.\d+\.out\.weight$", lambda t: ff.groups.heads(t.shape, 4, axis=1)),
+    ]
+    return dict(ff.groups.infer(dict(module.named_parameters()), module, rules=rules))
+
+
+def _grouped(fisher: str) -> Callable[..., Any]:
+    return lambda model, likelihood: ff.grouped(
+        model, likelihood, groups(model.module), fisher=fisher
+    )
+
+
+def _group_sums(workload: Workload, targets: Tensor) -> Values:
+    """Add up the oracle's diagonal over each group, by the group of each entry."""
+    found = {}
+    for name, values in oracle.diagonal(workload, targets).items():
+        spec = groups(workload.module)[name]
+        index = torch.as_tensor(spec.index(), device=values.device).expand(values.shape)
+        total = values.new_zeros(spec.num_groups)
+        found[name] = total.index_add(0, index.reshape(-1), values.reshape(-1))
+    return found
+
+
 QUANTITIES = {
     "diagonal/mc": Quantity(_diagonal("mc"), oracle.diagonal, lambda r: r.values, random=True),
     "diagonal/empirical": Quantity(_diagonal("empirical"), oracle.diagonal, lambda r: r.values),
+    "grouped/mc": Quantity(_grouped("mc"), _group_sums, lambda r: r.values, random=True),
+    "grouped/empirical": Quantity(_grouped("empirical"), _group_sums, lambda r: r.values),
     "diagonal/exact": Quantity(_diagonal("exact"), oracle.exact_diagonal, lambda r: r.values),
     "per_sample_gradients": Quantity(
         ff.per_sample_gradients, oracle.per_sample_gradients, lambda r: r

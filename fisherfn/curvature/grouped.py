@@ -34,7 +34,7 @@ from fisherfn.curvature.common import (
 from fisherfn.curvature.diagonal import Diagonal, check_tensors
 from fisherfn.curvature.layout import Layout
 from fisherfn.groups import GroupSpec, reduce
-from fisherfn.groups.algebra import check_leaves, check_reduced, pool_sizes
+from fisherfn.groups.pools import check_leaves, check_reduced, pool_sizes
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -20,7 +20,7 @@ from fisherfn.estimators.diagonal import SquareSum
 from fisherfn.estimators.estimator import Estimator
 from fisherfn.estimators.statistic import Frame
 from fisherfn.groups import GroupSpec
-from fisherfn.groups.algebra import check_leaves, pools
+from fisherfn.groups.pools import check_leaves, pools
 from fisherfn.layers.grouping import group_sum
 from fisherfn.layers.leaf import LeafScores
 from fisherfn.layers.numerics import accumulate

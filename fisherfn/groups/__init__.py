@@ -10,14 +10,14 @@
 """
 
 from fisherfn.groups.algebra import expand as expand
-from fisherfn.groups.algebra import layers as layers
 from fisherfn.groups.algebra import reduce as reduce
-from fisherfn.groups.algebra import regroup as regroup
-from fisherfn.groups.algebra import relabel as relabel
-from fisherfn.groups.algebra import totals as totals
 from fisherfn.groups.heads import heads as heads
 from fisherfn.groups.infer import Inferred as Inferred
 from fisherfn.groups.infer import infer as infer
+from fisherfn.groups.labels import regroup as regroup
+from fisherfn.groups.labels import relabel as relabel
+from fisherfn.groups.reports import layers as layers
+from fisherfn.groups.reports import totals as totals
 from fisherfn.groups.spec import GroupSpec as GroupSpec
 from fisherfn.groups.spec import channels as channels
 from fisherfn.groups.spec import elements as elements

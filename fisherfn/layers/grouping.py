@@ -36,6 +36,9 @@ from fisherfn.layers.views import Permute, Reshape, Slice, View, factor, pull
 Index: TypeAlias = "np.ndarray[Any, Any]"
 Shape: TypeAlias = tuple[int, ...]
 
+# From this many positions on, symmetric products are taken in halves; shorter ones gain nothing.
+_SPLIT = 128
+
 
 def group_sum(scores: LeafScores, spec: GroupSpec) -> Tensor:
     """Return the sum over columns, examples and each group of squared scores, `[num_groups]`."""
@@ -104,17 +107,7 @@ def row_sums(form: Outer) -> Tensor:
         a2 = (form.a * form.a).sum(-1)[:, :, 0]
         g2 = (form.g * form.g).sum(0)[:, :, 0]
         return (a2.T.unsqueeze(1) @ g2.transpose(0, 1)).squeeze(1)
-    total = None
-    if _cost(form)[1]:
-        for start, stop in blocks(form.batch, _bytes(form, form.g), form.g):
-            a, g = form.a[start:stop], form.g[:, start:stop]
-            mixed = (a @ a.transpose(-1, -2)) @ g
-            total = accumulate(total, (mixed * g).sum((0, 1, 3)))
-    else:
-        for s in _scores(form):
-            total = accumulate(total, s.sum(-1))
-    assert total is not None
-    return total
+    return _summed(form, -1)
 
 
 def column_sums(form: Outer) -> Tensor:
@@ -123,25 +116,57 @@ def column_sums(form: Outer) -> Tensor:
         g2 = (form.g * form.g).sum((0, -1))[:, :, 0]
         a2 = (form.a * form.a)[:, :, 0]
         return (g2.T.unsqueeze(1) @ a2.transpose(0, 1)).squeeze(1)
-    total = None
-    if _cost(form)[1]:
-        for start, stop in blocks(form.batch, _bytes(form, form.a), form.g):
-            a, g = form.a[start:stop], form.g[:, start:stop]
-            mixed = (g @ g.transpose(-1, -2)).sum(0) @ a
-            total = accumulate(total, (mixed * a).sum((0, 2)))
+    return _summed(form, -2)
+
+
+def _summed(form: Outer, axis: int) -> Tensor:
+    """Return squared scores `[R, O, I]` summed over an axis, a few examples at a time."""
+    total, (_, through_positions) = None, _cost(form)
+    if not through_positions:
+        for start, stop in blocks(form.batch, form.score_bytes, form.g):
+            s = form.part(start, stop).scores()
+            s = s.square_() if in_place_allowed() else s * s
+            s = s.sum((0, 1)) if s.shape[:2] != (1, 1) else s[0, 0]
+            total = accumulate(total, s.sum(axis))
     else:
-        for s in _scores(form):
-            total = accumulate(total, s.sum(-2))
+        kept = form.g if axis == -1 else form.a.unsqueeze(0)
+        each = form.columns * form.positions**2 * form.shape[0] + 2 * kept.numel() // form.batch
+        for start, stop in blocks(form.batch, each * kept.element_size(), kept):
+            a, g = form.a[start:stop].unsqueeze(0), form.g[:, start:stop]
+            total = accumulate(total, _quadratic(a, g) if axis == -1 else _quadratic(g, a))
     assert total is not None
     return total
 
 
-def _scores(form: Outer) -> Iterator[Tensor]:
-    """Yield sums of squared scores `[R, O, I]` of a few examples at a time."""
-    for start, stop in blocks(form.batch, form.score_bytes, form.g):
-        s = form.part(start, stop).scores()
-        s = s.square_() if in_place_allowed() else s * s
-        yield s[0, 0] if s.shape[:2] == (1, 1) else s.sum((0, 1))
+def _quadratic(x: Tensor, y: Tensor) -> Tensor:
+    """Return Σ y ⊙ (Σ_k x_k x_kᵀ) y over columns, examples and positions, `[R, size of y]`.
+
+    `x` and `y` are `[K, B, R, T, ...]`. The products are symmetric, so that of two halves of the
+    positions the mixed products are needed once.
+    """
+    t = x.shape[-2]
+    if t < _SPLIT:
+        return _weighted(x, x, y, y)
+    h = t // 2
+    x1, x2, y1, y2 = x[..., :h, :], x[..., h:, :], y[..., :h, :], y[..., h:, :]
+    return _quadratic(x1, y1) + _quadratic(x2, y2) + 2.0 * _weighted(x1, x2, y1, y2)
+
+
+def _weighted(x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor) -> Tensor:
+    products = x1 @ x2.transpose(-1, -2)
+    mixed = (products.sum(0) if len(products) > 1 else products[0]) @ y2
+    mixed = mixed.mul_(y1) if in_place_allowed() else mixed * y1
+    if mixed.shape[2] == 1:  # one axis is added up faster than three
+        return mixed.reshape(-1, mixed.shape[-1]).sum(0, keepdim=True)
+    return mixed.sum((0, 1, 3))
+
+
+def _pairs(t: int) -> int:
+    """Return the pairs of positions that `_quadratic` multiplies."""
+    if t < _SPLIT:
+        return t * t
+    h = t // 2
+    return _pairs(h) + _pairs(t - h) + h * (t - h)
 
 
 def _cost(form: Outer) -> tuple[int, bool]:
@@ -150,15 +175,9 @@ def _cost(form: Outer) -> tuple[int, bool]:
     if t == 1:
         return b * r * (k * o + i), True
     # the products of inputs serve all K columns; so do the summed products of cotangents
-    products = t * t * (k * o + i)
+    products = _pairs(t) * (k * o + i)
     score = k * t * o * i
     return b * r * min(products, score), products <= score
-
-
-def _bytes(form: Outer, wide: Tensor) -> int:
-    """Return the bytes that one example needs on the way through positions."""
-    k, t = form.columns, form.positions
-    return (k * t * t * form.shape[0] + 2 * wide.numel() // form.batch) * wide.element_size()
 
 
 # ---- groups through views ------------------------------------------------------------------------
