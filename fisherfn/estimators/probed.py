@@ -15,7 +15,7 @@ from fisherfn.batch import Batch
 from fisherfn.core import random
 from fisherfn.core.errors import OptionError
 from fisherfn.estimators import opaque
-from fisherfn.estimators.products.linearized import linearized
+from fisherfn.estimators.products.linearized import Linearizer, make
 from fisherfn.likelihoods.base import Likelihood
 from fisherfn.linalg.hutchinson import stopper
 from fisherfn.linalg.probes import check_probes
@@ -75,9 +75,20 @@ class ProbedTrace:
         """Multiply random vectors; labels and vectors are drawn from different keys."""
         check_key(self.name, key)
         assert key is not None
-        given = {name: self.options[name] for name in ("fisher", "num_samples", "unit")}
-        matrix = linearized(
-            self.model, self.likelihood, chunk_size=self.options["chunk_size"], **given
+        fisher, unit = self.options["fisher"], self.options["unit"]
+        samples, chunk_size = self.options["num_samples"], self.options["chunk_size"]
+        matrix = Linearizer(
+            make(
+                self.name,
+                self.model,
+                self.likelihood,
+                "fisher",
+                fisher,
+                samples,
+                unit,
+                None,
+                chunk_size,
+            )
         )
         labels, vectors = random.split(key).unbind(0)
         product = matrix(params, buffers, batch, key=labels)
@@ -89,6 +100,4 @@ class ProbedTrace:
         if self.options["probes"] is not None:
             options["probes"] = self.options["probes"]
         found = METHODS[self.options["method"]](product, params, key=vectors, **options)
-        return replace(
-            found, count=product.count, fisher=self.options["fisher"], unit=self.options["unit"]
-        )
+        return replace(found, count=product.count, fisher=fisher, unit=unit)

@@ -30,7 +30,7 @@ class Estimate:
             data. Estimates with a count merge.
         fisher: Which labels were used, if it belongs to a Fisher information.
         unit: What is counted, if anything is.
-        matvecs: Products with the operator that it took.
+        matvecs: Products with the operator that it took; merged, the most of any part.
 
     Example:
         >>> value, stderr = Estimate(torch.tensor(2.0), torch.tensor(0.1))
@@ -72,7 +72,7 @@ class Estimate:
         stderr = trees.map(
             lambda x, y: torch.hypot(*_shares(a, x, b, y)), self.stderr, other.stderr
         )
-        matvecs = self.matvecs + other.matvecs
+        matvecs = max(self.matvecs, other.matvecs)
         return replace(self, value=value, stderr=stderr, count=count, matvecs=matvecs)
 
     def __fisher_empty__(self) -> Self:

@@ -101,6 +101,8 @@ def batch_split(member: Member, problem: Problem) -> None:
         problem: Any problem; one whose parts have nothing that counts, or of one example, is left
             out, since such a part is an error.
     """
+    if member.result == "whole":
+        return
     middle = problem.size // 2
     halves = torch.arange(middle), torch.arange(middle, problem.size)
     parts = [take(problem, half) for half in halves]
@@ -125,7 +127,7 @@ def padded_examples(member: Member, problem: Problem) -> None:
     """
     want = member.run(problem)
     got = member.run(pad_examples(problem, 2))
-    if member.result != "joined":
+    if member.result in ("rows", "pairs"):
         kept = torch.arange(problem.size)
         rest = torch.arange(problem.size, problem.size + 2)
         zero = _picked(member, got, rest)
@@ -157,7 +159,7 @@ def duplication(member: Member, problem: Problem) -> None:
     index = torch.cat([torch.arange(problem.size), first])
     twice = take(problem, index)
     got = member.run(twice)
-    if member.result != "joined":
+    if member.result in ("rows", "pairs"):
         want = _picked(member, member.run(problem), index)
         assert_close(got, want, what=f"{member}, first example twice")
         return
@@ -208,7 +210,7 @@ def counts(problem: Problem, unit: str) -> bool:
 
 def _picked(member: Member, result: Any, index: Tensor) -> Any:
     """Rows (and columns) of a result that has one for each example."""
-    if member.result == "joined":
+    if member.result in ("joined", "whole"):
         return result
     if member.result == "pairs":
         return algebra.map(lambda t: t[index][:, index], result)

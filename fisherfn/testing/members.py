@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from fisherfn import groups
 from fisherfn.core import random, trees
+from fisherfn.curvature import KFAC
 from fisherfn.estimators.dense import block_diagonal, dense
 from fisherfn.estimators.diagonal import diagonal
+from fisherfn.estimators.ekfac import ekfac
+from fisherfn.estimators.gram import gram_spectrum
 from fisherfn.estimators.grouped import grouped
+from fisherfn.estimators.kfac import kfac
 from fisherfn.estimators.low_rank import low_rank
 from fisherfn.estimators.moments import gradient_moments
 from fisherfn.estimators.per_sample import per_sample_gradients, score_gram, score_norms
 from fisherfn.estimators.together import statistics
+from fisherfn.estimators.trace import (
+    empirical_fisher_trace,
+    generalized_fisher_trace,
+    trace,
+)
 from fisherfn.testing.problem import Problem
 
 FISHERS = ("exact", "mc", "curvature_prop", "empirical")
@@ -33,7 +43,8 @@ class Member:
         options: Options that belong to this entry, such as `fisher=`.
         keyed: Whether a call needs a key.
         unit: The unit of the result: what the batch's weights have to be shaped for.
-        result: "joined" results merge, "rows" have one entry an example, "pairs" one a pair.
+        result: "joined" results merge, "rows" have one entry an example, "pairs" one a pair,
+            "whole" ones are about the whole batch and do not merge.
         arguments: What the transformation wants after model and likelihood, for a given problem.
     """
 
@@ -42,7 +53,7 @@ class Member:
     options: Mapping[str, Any] = field(default_factory=dict)
     keyed: bool = False
     unit: str = "example"
-    result: Literal["joined", "rows", "pairs"] = "joined"
+    result: Literal["joined", "rows", "pairs", "whole"] = "joined"
     arguments: Callable[[Problem], tuple[Any, ...]] = lambda problem: ()
 
     def __str__(self) -> str:
@@ -92,6 +103,49 @@ def _groups(problem: Problem) -> tuple[dict[str, groups.GroupSpec]]:
     return (specs,)
 
 
+def _traces() -> list[Member]:
+    """Traces by every method, and the spectrum that they are the sum of."""
+    return [
+        Member("trace-exact-example", trace),
+        Member("trace-exact-position", trace, {"unit": "position"}, unit="position"),
+        Member(
+            "trace-empirical-position",
+            trace,
+            {"fisher": "empirical", "unit": "position"},
+            unit="position",
+        ),
+        Member("trace-mc-three_samples", trace, {"fisher": "mc", "num_samples": 3}, keyed=True),
+        Member("trace-hutchinson", trace, {"method": "hutchinson", "num_matvecs": 3}, keyed=True),
+        Member(
+            "trace-xtrace",
+            trace,
+            {"method": "xtrace", "num_matvecs": 4},
+            keyed=True,
+            result="whole",
+        ),
+        Member("empirical_fisher_trace", empirical_fisher_trace, {"num_samples": 3}, keyed=True),
+        Member(
+            "generalized_fisher_trace", generalized_fisher_trace, {"num_samples": 3}, keyed=True
+        ),
+        Member("gram_spectrum", gram_spectrum, {"k": 2}, result="whole"),
+    ]
+
+
+def _basis(problem: Problem) -> tuple[KFAC]:
+    """Factors of the model's blocks that do not depend on the data."""
+    F = kfac(problem.model, problem.likelihood, fisher="forward_only", bias="separate")
+    like = F(*problem.args)
+
+    def factor(x: Tensor) -> Tensor:
+        if x.dim() < 3:
+            return torch.ones_like(x)
+        rows = random.normal(random.key(x.shape[-1]), (*x.shape[:-2], 20, x.shape[-1]), x.dtype)
+        return rows.mT @ rows
+
+    inputs, outputs = (trees.map(factor, x) for x in (like.inputs, like.outputs))
+    return (replace(like, inputs=inputs, outputs=outputs),)
+
+
 def _members() -> dict[str, Member]:
     found = [
         Member("per_sample_gradients", per_sample_gradients, result="rows"),
@@ -113,8 +167,23 @@ def _members() -> dict[str, Member]:
             keyed = fisher in ("mc", "curvature_prop")
             name = f"grouped-{fisher}-{unit}"
             found.append(Member(name, grouped, options, keyed, unit, arguments=_groups))
+    for fisher in FISHERS:
+        for unit in UNITS:
+            options = {"fisher": fisher, "unit": unit}
+            keyed = fisher in ("mc", "curvature_prop")
+            name = f"kfac-{fisher}-{unit}"
+            found.append(Member(name, kfac, options, keyed, unit))
+            name, options = f"ekfac-{fisher}-{unit}", {**options, "bias": "separate"}
+            found.append(Member(name, ekfac, options, keyed, unit, arguments=_basis))
+    for unit, bias in zip(UNITS, ("separate", "diagonal"), strict=True):
+        options = {"approx": "reduce", "unit": unit, "bias": bias}
+        found.append(Member(f"kfac-reduce-{unit}", kfac, options, unit=unit))
+        options = {"fisher": "forward_only", "unit": unit, "bias": bias}
+        found.append(Member(f"kfac-forward_only-{unit}", kfac, options, unit=unit))
     many = {"fisher": "mc", "num_samples": 3}
+    found.append(Member("kfac-mc-three_samples", kfac, many, keyed=True))
     found.append(Member("diagonal-mc-three_samples", diagonal, many, keyed=True))
+    found += _traces()
     found.append(Member("grouped-mc-three_samples", grouped, many, keyed=True, arguments=_groups))
     return {member.name: member for member in found}
 

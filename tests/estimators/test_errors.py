@@ -20,7 +20,9 @@ MEMBERS = [m for m in testing.ESTIMATORS.values() if m.unit == "example"]
 OBSERVING = [
     m
     for m in MEMBERS
-    if "empirical" in m.name or m.result != "joined" or m.name in ("gradient_moments", "statistics")
+    if "empirical" in m.name
+    or m.result in ("rows", "pairs")
+    or m.name in ("gradient_moments", "statistics")
 ]
 
 
@@ -95,7 +97,7 @@ NOTHING_COUNTS = ("everything_masked", "zero_weights")
         for member in MEMBERS
         for bad in BAD_BATCHES
         # a result of each example's own divides by no count
-        if member.result == "joined" or bad not in NOTHING_COUNTS
+        if member.result not in ("rows", "pairs") or bad not in NOTHING_COUNTS
     ],
     ids=str,
 )
