@@ -10,6 +10,7 @@
 tensor([0.2500, 0.2500])
 """
 
+from fisherfn import distributed as distributed
 from fisherfn import groups as groups
 from fisherfn import io as io
 from fisherfn import likelihoods as likelihoods
@@ -45,6 +46,7 @@ from fisherfn.estimators.dense import dense as dense
 from fisherfn.estimators.diagonal import diagonal as diagonal
 from fisherfn.estimators.ekfac import ekfac as ekfac
 from fisherfn.estimators.explain import explain as explain
+from fisherfn.estimators.gram import gram_spectrum as gram_spectrum
 from fisherfn.estimators.grouped import grouped as grouped
 from fisherfn.estimators.hessian import hessian_diagonal as hessian_diagonal
 from fisherfn.estimators.hessian import hessian_trace as hessian_trace
@@ -66,7 +68,12 @@ from fisherfn.estimators.products.fisher import fisher_vp as fisher_vp
 from fisherfn.estimators.products.fisher import ggn_vp as ggn_vp
 from fisherfn.estimators.products.linearized import linearized as linearized
 from fisherfn.estimators.together import statistics as statistics
+from fisherfn.estimators.trace import empirical_fisher_trace as empirical_fisher_trace
+from fisherfn.estimators.trace import generalized_fisher_trace as generalized_fisher_trace
+from fisherfn.estimators.trace import trace as trace
 from fisherfn.layers.registry import register_rule as register_rule
+from fisherfn.linalg.results import Estimate as Estimate
+from fisherfn.linalg.results import Solution as Solution
 from fisherfn.models import functional as functional
 
 tree = trees

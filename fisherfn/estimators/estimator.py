@@ -54,6 +54,8 @@ class Estimator:
     labels: Labels = field(repr=False)
     make: Callable[[], Statistic] = field(repr=False)
     rebuild: Callable[[Any, Any], Any] | None = field(repr=False, default=None)
+    #: From the result of the first pass, what the second pass over the batch accumulates.
+    then: Callable[[Any], Callable[[], Statistic]] | None = field(repr=False, default=None)
     slot: str = field(init=False, repr=False, default="")
 
     def __post_init__(self) -> None:
@@ -89,11 +91,24 @@ class Estimator:
 
     def evaluate(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Any:
         """Run the loop that all estimators share; see `__call__`."""
+        result = self._pass(self.make, params, buffers, batch, key)
+        if self.then is None:
+            return result
+        return self._pass(self.then(result), params, buffers, batch, key)
+
+    def _pass(
+        self,
+        make: Callable[[], Statistic],
+        params: Any,
+        buffers: Any,
+        batch: Batch,
+        key: Tensor | None,
+    ) -> Any:
         (result,) = evaluate(
             self.name,
             self.model,
             self.likelihood,
-            [Task(self.labels, self.make)],
+            [Task(self.labels, make)],
             params,
             buffers,
             batch,

@@ -59,6 +59,7 @@ class Factors(KroneckerStatistic):
 
     def end_pull(self) -> None:
         """Inputs stay the same for other labels."""
+        self._waiting.clear()
         self._fresh = False
         self._shared.clear()
 

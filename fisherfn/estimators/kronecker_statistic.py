@@ -66,6 +66,7 @@ class KroneckerStatistic(Statistic):
         self.roles = Roles({}, frozenset())
         self.places: dict[tuple[int, int], Place] = {}
         self._rest: dict[int, Tensor] = {}
+        self._waiting: dict[int, LeafScores] = {}
 
     def begin(self, params: Any) -> None:
         """Learn paths and shapes."""
@@ -83,10 +84,29 @@ class KroneckerStatistic(Statistic):
                 self.take_block(place, form)
         elif leaf not in self.roles.biases or self.settings.bias == "diagonal":
             self._rest[leaf] = scores.square_sum(self._rest.get(leaf))
+        elif self.settings.bias == "separate":
+            self._waiting[leaf] = scores
 
     def take_block(self, place: Place, form: Form) -> None:
         """Receive the scores of one block."""
         raise NotImplementedError
+
+    def take_bias(self, place: Place, scores: Tensor) -> None:
+        """Receive the scores `[K, B, R, O]` of a bias that has a block of its own."""
+        return
+
+    def end_pull(self) -> None:
+        """Hand on the biases, now that the blocks of their weights are known."""
+        waiting, self._waiting = self._waiting, {}
+        for place in self.ordered():
+            role = self.roles.weights[place.leaf][place.number]
+            if role.bias is None or role.bias[0] not in waiting:
+                continue
+            b, leaf = place.block, role.bias[0]
+            steps = _column(role.bias[1], (b.groups, b.outputs, 1))
+            part = Piece(self.paths[leaf], steps)
+            scores = waiting[leaf].scores()
+            self.take_bias(place, torch.func.vmap(torch.func.vmap(part.take))(scores)[..., 0])
 
     def _place(self, leaf: int, form: Form, view: View) -> Place:
         role = self.roles.role(leaf, view)
@@ -149,6 +169,16 @@ class KroneckerStatistic(Statistic):
         path = self.paths[other]
         name = path if role.number is None else f"{path}[{role.number}]"
         return Block(name, Piece(path, _column(view, column)), None, *column, b.output_form)
+
+    def blocks(self) -> list[Block]:
+        """Return all blocks in the order of the parameters, biases behind their weights."""
+        found = []
+        for place in self.ordered():
+            found.append(place.block)
+            beside = self.separate(place)
+            if beside is not None:
+                found.append(beside)
+        return found
 
     def rest(self) -> dict[str, Tensor]:
         """Return the diagonals of everything without a block, averaged over draws."""

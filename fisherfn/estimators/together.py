@@ -113,6 +113,17 @@ class Statistics:
         for name, make in wanted.items():
             if self.options[name]:
                 tasks[name] = Task(_EMPIRICAL, make)
+        found = self._pass(tasks, params, buffers, batch, key)
+        second = {
+            name: Task(e.labels, e.then(found[name]))
+            for name, e in self.estimators.items()
+            if e.then is not None
+        }
+        return found | self._pass(second, params, buffers, batch, key) if second else found
+
+    def _pass(
+        self, tasks: dict[str, Task], params: Any, buffers: Any, batch: Batch, key: Tensor | None
+    ) -> dict[str, Any]:
         found = evaluate(
             "statistics",
             self.model,

@@ -133,7 +133,8 @@ def _traces() -> list[Member]:
 
 def _basis(problem: Problem) -> tuple[KFAC]:
     """Factors of the model's blocks that do not depend on the data."""
-    F = kfac(problem.model, problem.likelihood, fisher="forward_only", bias="separate")
+    options = {"fisher": "forward_only", "bias": "separate", "unit": problem.unit}
+    F = kfac(problem.model, problem.likelihood, **options)
     like = F(*problem.args)
 
     def factor(x: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from torch import Tensor
 from fisherfn import groups
 from fisherfn.core import random, trees
 from fisherfn.curvature import (
+    EKFAC,
+    KFAC,
     BlockDiagonal,
     Curvature,
     Dense,
@@ -31,8 +33,20 @@ from fisherfn.curvature import (
     layer_groups,
     leaf_groups,
 )
+from fisherfn.curvature.kronecker import Block, Piece
 
-KINDS = ("diagonal", "dense", "leaves", "layers", "crossed", "low_rank", "grouped", "pooled")
+KINDS = (
+    "diagonal",
+    "dense",
+    "leaves",
+    "layers",
+    "crossed",
+    "low_rank",
+    "grouped",
+    "pooled",
+    "kfac",
+    "ekfac",
+)
 
 
 class Pair(NamedTuple):
@@ -105,6 +119,10 @@ def build(
         both = rows.double(), weights.double()
         sums = sum((w * torch.outer(s, s) for s, w in zip(*both, strict=True)), torch.zeros(n, n))
         return Case(kind, LowRank(tree, weights, count, **options), sums, params)
+    if kind in ("kfac", "ekfac"):
+        return kronecker(
+            kind, layout, whole.diagonal(), count, params, seed, rank, floor, **options
+        )
     if kind in ("grouped", "pooled"):
         return grouped(kind, layout, whole.diagonal(), count, params, **options)
     if kind == "diagonal":
@@ -153,6 +171,74 @@ def grouped(
     values = groups.reduce(layout.unravel(diagonal), dict(specs))
     F = Grouped(values, count, layout, tuple(specs), **options)
     return Case(kind, F, dense.diag(), params)
+
+
+def kronecker(
+    kind: str,
+    layout: Layout,
+    diagonal: Tensor,
+    count: Tensor,
+    params: Any,
+    seed: int,
+    rank: int,
+    floor: float,
+    **options: Any,
+) -> Case:
+    """A block for each matrix, with the bias of its layer, and the diagonal for everything else."""
+    shapes = dict(zip(layout.paths, layout.shapes, strict=True))
+    blocks = [kronecker_block(path, shapes) for path in shapes if len(shapes[path]) == 2]
+    taken = {piece.path for b in blocks for piece in (b.weight, b.bias) if piece is not None}
+    values = dict(zip(layout.paths, trees.leaves(layout.unravel(diagonal)), strict=True))
+    rest = {path: values[path] for path in layout.paths if path not in taken}
+    dtype = diagonal.dtype
+    A = {b.name: spd(b.inputs, seed + i, rank, floor, dtype) for i, b in enumerate(blocks)}
+    G = {b.name: spd(b.outputs, seed + 50 + i, rank, floor, dtype) for i, b in enumerate(blocks)}
+    matrix = diagonal.double().diag()
+    entries = {}
+    for b in blocks:
+        if kind == "kfac":
+            entries[b.name] = torch.kron(G[b.name].double(), A[b.name].double())
+        else:
+            Q = [torch.linalg.eigh(x[b.name].double()).eigenvectors for x in (G, A)]
+            G[b.name], A[b.name] = (x.to(dtype) for x in Q)
+    scales = {b.name: spd(b.outputs * b.inputs, seed + 9, rank, floor, dtype) for b in blocks}
+    scales = {b.name: scales[b.name].diagonal().reshape(b.outputs, b.inputs) for b in blocks}
+    for b in blocks:
+        if kind == "ekfac":
+            Q = torch.kron(G[b.name].double(), A[b.name].double())
+            entries[b.name] = Q @ scales[b.name].double().reshape(-1).diag() @ Q.T
+        place = coordinates(b, layout)
+        for i, row in enumerate(place):
+            for j, column in enumerate(place):
+                matrix[row, column] = entries[b.name][i, j]
+    A, G, scales = ({k: x.unsqueeze(0) for k, x in y.items()} for y in (A, G, scales))
+    static = layout, tuple(blocks)
+    if kind == "ekfac":
+        return Case(kind, EKFAC(scales, G, A, rest, count, *static, **options), matrix, params)
+    rows = {b.name: count for b in blocks}
+    return Case(kind, KFAC(A, G, rows, rest, count, *static, **options), matrix, params)
+
+
+def kronecker_block(path: str, shapes: dict[str, tuple[int, ...]]) -> Block:
+    outputs, inputs = shapes[path]
+    weight = Piece(path, (("reshape", (outputs, inputs), (1, outputs, inputs)),))
+    beside = path.replace("weight", "bias")
+    if beside == path or shapes.get(beside) != (outputs,):
+        return Block(path, weight, None, 1, outputs, inputs)
+    bias = Piece(beside, (("reshape", (outputs,), (1, outputs, 1)),))
+    return Block(path, weight, bias, 1, outputs, inputs + 1)
+
+
+def coordinates(b: Block, layout: Layout) -> list[int]:
+    """Where in a vector of all parameters the entries of a block are, row by row."""
+    starts = {path: sum(layout.sizes[:i]) for i, path in enumerate(layout.paths)}
+    width = b.inputs - (b.bias is not None)
+    found = []
+    for o in range(b.outputs):
+        found += [starts[b.weight.path] + o * width + i for i in range(width)]
+        if b.bias is not None:
+            found.append(starts[b.bias.path] + o)
+    return found
 
 
 SHAPES = st.sampled_from([(), (1,), (3,), (2, 2), (1, 2), (0,)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import OrderedDict
 from typing import Any, NamedTuple
@@ -160,7 +161,9 @@ def test_inputs_are_left_alone(make: Any, kind: str, layers: Any) -> None:
 
 
 def test_dtypes_are_promoted(case: Any) -> None:
-    low = trees.map(lambda x: x.bfloat16(), case.F)
+    low: Any = trees.map(lambda x: x.bfloat16(), case.F)
+    if case.kind == "ekfac":  # a basis that was rounded is another one
+        low = dataclasses.replace(case.F, scales=low.scales, rest=low.rest, count=low.count)
     assert merge(low, low).to_dense().dtype == torch.float32
     assert merge(low, case.F).to_dense().dtype == torch.float64
 

@@ -18,7 +18,8 @@ from fisherfn.core.merging import empty_like, merge
 from fisherfn.curvature import Dense, Diagonal, GradientMoments, Layout
 
 # One of each class: compiling takes its time.
-COMPILED = ("diagonal", "dense", "crossed", "grouped")
+SLOW = [pytest.param(kind, marks=pytest.mark.slow) for kind in ("kfac", "ekfac")]
+COMPILED = ("diagonal", "dense", "crossed", "grouped", *SLOW)
 
 
 def everything(F: Any, v: Any, key: Tensor, damping: Any) -> dict[str, Any]:
