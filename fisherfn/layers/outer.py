@@ -22,6 +22,10 @@ from fisherfn.layers.numerics import (
     sum_of_squares,
 )
 
+# On a CPU a score of this many bytes is formed, squared and added while it is in the cache; batched
+# products of smaller ones cost less than their calls.
+_CPU_SCORE = 64 * 2**10
+
 
 @dataclass(frozen=True)
 class Outer(Form):
@@ -52,7 +56,7 @@ class Outer(Form):
         """
         if self.positions == 1:
             return accumulate(total, self._factored())
-        if in_place_allowed() and self.score_bytes >= block_bytes(self.a) // 2:
+        if in_place_allowed() and self._large():
             return self._one_by_one(total)
         for start, stop in blocks(self.batch, self.score_bytes, self.a):
             s = self.part(start, stop).scores()
@@ -67,13 +71,28 @@ class Outer(Form):
             return (g2[:, 0, 0].T @ a2[:, 0, 0]).unsqueeze(0)
         return g2[:, :, 0].permute(1, 2, 0) @ a2[:, :, 0].transpose(0, 1)
 
+    def _large(self) -> bool:
+        """Return True if one score is worth a launch of its own."""
+        least = _CPU_SCORE if self.a.device.type == "cpu" else block_bytes(self.a) // 2
+        return self.score_bytes // self.columns >= least
+
     def _one_by_one(self, total: Tensor | None) -> Tensor:
+        """Form one score at a time, some rows of it, in a buffer that stays in the cache."""
         found = self.a.new_zeros(self.shape) if total is None else total
-        score = torch.empty_like(found)
-        for k in range(self.columns):
-            for b in range(self.batch):
-                torch.bmm(self.g[k, b].transpose(-1, -2), self.a[b], out=score)
-                found.addcmul_(score, score)
+        r, o, i = self.shape
+        step = min(o, max(1, block_bytes(self.a) // (2 * r * i * self.a.element_size())))
+        buffer = self.a.new_empty((r, step, i))
+        for start in range(0, o, step):
+            rows = found[:, start : start + step]
+            score = buffer[:, : rows.shape[1]]
+            for k in range(self.columns):
+                for b in range(self.batch):
+                    g = self.g[k, b, :, :, start : start + step].transpose(-1, -2)
+                    if r == 1:
+                        torch.mm(g[0], self.a[b, 0], out=score[0])
+                    else:
+                        torch.bmm(g, self.a[b], out=score)
+                    rows.addcmul_(score, score)
         return found
 
     def sum(self) -> Tensor:
