@@ -21,9 +21,19 @@ from fisherfn.estimators.products.plain import Chosen, Flat, check_select
 _ROWS = 32
 
 
-def _flat(caller: str, model: Any, select: Any, params: Any, buffers: Any, inputs: Any) -> Flat:
+def _flat(
+    caller: str,
+    model: Any,
+    select: Any,
+    params: Any,
+    buffers: Any,
+    inputs: Any,
+    *,
+    compose: bool,
+) -> Flat:
     checks.check_params(caller, params)
-    return Flat(model, Chosen.of(caller, params, select), buffers, inputs, lambda outputs: None)
+    chosen = Chosen.of(caller, params, select)
+    return Flat(model, chosen, buffers, inputs, lambda outputs: None, compose=compose)
 
 
 def _check(caller: str, model: Any, select: Any) -> None:
@@ -55,9 +65,9 @@ def output_jvp(model: Any, *, select: Any = None) -> Callable[..., Any]:
     _check("output_jvp", model, select)
 
     def run(params: Any, buffers: Any, inputs: Any, tangents: Any) -> Any:
-        function = _flat("output_jvp", model, select, params, buffers, inputs)
-        vector = function.chosen.vectors("output_jvp", tangents)
         compose = linear.composing(params, buffers, inputs, tangents)
+        function = _flat("output_jvp", model, select, params, buffers, inputs, compose=compose)
+        vector = function.chosen.vectors("output_jvp", tangents)
         _, found = linear.once(function, function.chosen.leaves, vector, compose=compose)
         return function.restore(found)
 
@@ -88,8 +98,8 @@ def output_vjp(model: Any, *, select: Any = None) -> Callable[..., Any]:
     _check("output_vjp", model, select)
 
     def run(params: Any, buffers: Any, inputs: Any, cotangents: Any) -> Any:
-        function = _flat("output_vjp", model, select, params, buffers, inputs)
         compose = linear.composing(params, buffers, inputs, cotangents)
+        function = _flat("output_vjp", model, select, params, buffers, inputs, compose=compose)
         outputs, pull = linear.backward(function, function.chosen.leaves, compose=compose)
         like = function.restore(outputs)
         trees.check_like("output_vjp", "cotangents", cotangents, like, like_name="the outputs")
@@ -123,8 +133,8 @@ def output_jacobian(model: Any, *, select: Any = None) -> Callable[..., Any]:
     _check("output_jacobian", model, select)
 
     def run(params: Any, buffers: Any, inputs: Any) -> Any:
-        function = _flat("output_jacobian", model, select, params, buffers, inputs)
         compose = linear.composing(params, buffers, inputs)
+        function = _flat("output_jacobian", model, select, params, buffers, inputs, compose=compose)
         outputs, pull = linear.backward(function, function.chosen.leaves, compose=compose)
         if len(outputs) != 1:
             raise TreeMismatchError(

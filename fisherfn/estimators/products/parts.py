@@ -124,7 +124,7 @@ class Problem:
         for span in self.spans(chunk_size):
 
             def run(inputs: Any, span: tuple[int, int] = span) -> list[Tensor]:
-                return gradient(Loss(self, inputs, span), self.chosen.leaves, compose=compose)
+                return gradient(Loss(self, inputs, span, compose), self.chosen.leaves)
 
             total = added(total, self._alive(span, run))
         assert total is not None
@@ -151,13 +151,13 @@ class Problem:
             raise Dead(repaired)
         return found
 
-    def function(self, inputs: Any) -> Flat:
+    def function(self, inputs: Any, *, compose: bool) -> Flat:
         """Return the outputs as a function of the chosen parameters."""
 
         def check(outputs: Any) -> None:
             self.likelihood.check_outputs(self.caller, outputs)
 
-        return Flat(self.model, self.chosen, self.buffers, inputs, check)
+        return Flat(self.model, self.chosen, self.buffers, inputs, check, compose=compose)
 
     @property
     def total(self) -> Tensor:
@@ -180,7 +180,7 @@ class FisherKind:
         compose: bool,
     ) -> list[Tensor]:
         """Push, multiply by the Fisher information of the outputs, pull."""
-        function = problem.function(inputs)
+        function = problem.function(inputs, compose=compose)
         run, pushed = linear.once(function, problem.chosen.leaves, vector, compose=compose)
         middle = self._middle(problem, inputs, span, function, run)
         cotangents = middle(pushed)
@@ -189,7 +189,7 @@ class FisherKind:
 
     def ready(self, problem: Problem, inputs: Any, span: tuple[int, int], compose: bool) -> Ready:
         """Keep what push, the Fisher information of the outputs, and pull need."""
-        function = problem.function(inputs)
+        function = problem.function(inputs, compose=compose)
         run = linear.at(function, problem.chosen.leaves, compose=compose, reuse=True)
         middle = self._middle(problem, inputs, span, function, run)
         middle_many = torch.func.vmap(middle) if compose else linear.loop(middle)

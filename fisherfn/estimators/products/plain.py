@@ -23,6 +23,7 @@ from fisherfn.capture.sites import is_attention, refuse_noise, rewritten
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, TreeMismatchError
 from fisherfn.estimators.products.lookups import REWRITTEN
+from fisherfn.estimators.products.norms import COMPOSED
 from fisherfn.layers import attention
 
 #: Tensors in, tensors out: what is differentiated.
@@ -31,7 +32,16 @@ Select: TypeAlias = "str | Callable[[str, Tensor], bool] | None"
 
 
 class Plain(TorchFunctionMode):
-    """Runs a model with plain attention, without randomness."""
+    """Runs a model with plain attention, without randomness.
+
+    Attributes:
+        rewritten: What takes the place of other functions; more where results have to compose.
+    """
+
+    def __init__(self, *, compose: bool = False) -> None:
+        """Rewrite what has no usable derivative, or, to `compose`, no second or third one."""
+        super().__init__()
+        self.rewritten = REWRITTEN | COMPOSED if compose else REWRITTEN
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -47,7 +57,7 @@ class Plain(TorchFunctionMode):
         if is_attention(function):
             return attention.plain_attention(*args, **kwargs)
         refuse_noise(function, args, kwargs)
-        function = REWRITTEN.get(function, function)
+        function = self.rewritten.get(function, function)
         if not torch.is_grad_enabled() and forward_ad._is_fwd_grad_enabled():
             # no_grad does not reach the forward mode; without this J and its transpose would differ
             with forward_ad._set_fwd_grad_enabled(False):
@@ -167,15 +177,18 @@ class Flat:
         buffers: Any,
         inputs: Any,
         check: Callable[[Any], None],
+        *,
+        compose: bool,
     ) -> None:
         """Fix everything but the chosen parameters; `check` sees the outputs first."""
+        self._compose = compose
         self.model, self.chosen, self._check = model, chosen, check
         self._buffers, self._inputs = buffers, inputs
         self.structure: Any = None
 
     def __call__(self, leaves: list[Tensor]) -> list[Tensor]:
         """Run the model."""
-        with torch.enable_grad(), Plain():
+        with torch.enable_grad(), Plain(compose=self._compose):
             outputs = self.model(self.chosen.filled(leaves), self._buffers, self._inputs)
         self._check(outputs)
         found, self.structure = trees.flatten(outputs)

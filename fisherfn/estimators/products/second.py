@@ -32,13 +32,22 @@ class Loss:
     problem: Problem
     inputs: Any
     span: tuple[int, int]
+    compose: bool
 
     def __call__(self, leaves: list[Tensor]) -> Tensor:
         """Return a 0-d tensor."""
-        function = self.problem.function(self.inputs)
+        function = self.problem.function(self.inputs, compose=self.compose)
         outputs = function.restore(function(leaves))
         with torch.enable_grad():
             return -self.problem.observe(self.inputs, outputs, self.span).log_likelihood()
+
+    def count(self, leaves: list[Tensor]) -> None:
+        """Count the units outside of any derivative, where what is counted may be kept."""
+        if not self.problem.observer.counted:
+            function = self.problem.function(self.inputs, compose=self.compose)
+            with torch.no_grad():
+                outputs = function.restore(function([t.detach() for t in leaves]))
+            self.problem.observe(self.inputs, outputs, self.span)
 
     def gradient(self, leaves: list[Tensor], *, again: bool = False) -> list[Tensor]:
         """Return the gradient by autograd; `again` if it is to be differentiated once more."""
@@ -49,18 +58,19 @@ class Loss:
         return [torch.zeros_like(p) if g is None else g for p, g in zip(leaves, found, strict=True)]
 
 
-def gradient(loss: Loss, leaves: list[Tensor], *, compose: bool) -> list[Tensor]:
+def gradient(loss: Loss, leaves: list[Tensor]) -> list[Tensor]:
     """Return the gradient alone."""
-    if compose:
+    if loss.compose:
+        loss.count(leaves)
         found: Any = torch.func.grad(loss)(leaves)
         return found
     with torch.enable_grad():
         return [g.detach() for g in loss.gradient(linear.roots(leaves))]
 
 
-def once(loss: Loss, leaves: list[Tensor], vector: list[Tensor], *, compose: bool) -> list[Tensor]:
+def once(loss: Loss, leaves: list[Tensor], vector: list[Tensor]) -> list[Tensor]:
     """Return H v."""
-    if compose:
+    if loss.compose:
         return _functional(loss, leaves)(vector)
     try:
         return linear.dual(loss.gradient, leaves, vector)[1]
@@ -69,9 +79,9 @@ def once(loss: Loss, leaves: list[Tensor], vector: list[Tensor], *, compose: boo
     return _graph(loss, leaves, reason)[0](vector)
 
 
-def many(loss: Loss, leaves: list[Tensor], *, compose: bool) -> Ready:
+def many(loss: Loss, leaves: list[Tensor]) -> Ready:
     """Return H, ready for many vectors."""
-    if compose:
+    if loss.compose:
         push = _functional(loss, leaves)
         return Ready(push, torch.func.vmap(push), FORWARD)
     live = linear.roots(leaves)
@@ -88,6 +98,7 @@ def many(loss: Loss, leaves: list[Tensor], *, compose: bool) -> Ready:
 
 def _functional(loss: Loss, leaves: list[Tensor]) -> Map:
     linear.load_forward_mode()
+    loss.count(leaves)
     slope: Callable[..., Any] = torch.func.grad(loss)
 
     def push(vector: list[Tensor]) -> list[Tensor]:
@@ -144,9 +155,9 @@ class HessianKind:
         compose: bool,
     ) -> list[Tensor]:
         """Return the product of one chunk with one vector."""
-        return once(Loss(problem, inputs, span), problem.chosen.leaves, vector, compose=compose)
+        return once(Loss(problem, inputs, span, compose), problem.chosen.leaves, vector)
 
     def ready(self, problem: Problem, inputs: Any, span: tuple[int, int], compose: bool) -> Ready:
         """Return the matrix of one chunk, for many vectors."""
-        loss = Loss(problem, inputs, span)
-        return many(loss, problem.chosen.leaves, compose=compose)
+        loss = Loss(problem, inputs, span, compose)
+        return many(loss, problem.chosen.leaves)
