@@ -44,7 +44,7 @@ FLOORS = {
     "app": 6,
 }
 ROOT_UNIT = "fisherfn"  # hands on the names of floors 0 to 5; only the application may import it
-NEIGHBOURS = {("capture", "layers"), ("states", "batch")}  # all imports within a floor
+NEIGHBOURS = {("capture", "layers"), ("states", "batch"), ("distributed", "io")}  # within a floor
 NOT_HANDED_ON = {"app", "testing"}  # need extras, so the root does not import them
 LIGHT = {"torch", "numpy", "optree"}  # what may be imported when a module is loaded
 HEAVY = (

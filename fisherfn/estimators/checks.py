@@ -9,7 +9,13 @@ from torch import Tensor, nn
 
 from fisherfn.batch import Batch
 from fisherfn.core import trees
-from fisherfn.core.errors import DataError, OptionError, ShapeError, TreeMismatchError
+from fisherfn.core.errors import (
+    DataError,
+    OptionError,
+    ShapeError,
+    TreeMismatchError,
+    UnsupportedError,
+)
 from fisherfn.core.modes import concrete
 from fisherfn.estimators.observe import Labels
 
@@ -92,6 +98,12 @@ def check_params(caller: str, params: Any) -> list[Tensor]:
             raise TreeMismatchError(
                 f"{caller}: expected params to hold tensors, got {type(leaf).__name__} at "
                 f"'{trees.paths(params)[i]}'. Constants belong into the buffers or the closure."
+            )
+        if type(leaf).__name__ == "DTensor":
+            raise UnsupportedError(
+                f"{caller}: expected whole parameters, got a DTensor at "
+                f"'{trees.paths(params)[i]}'. Gather it with .full_tensor() for the estimate; "
+                "ff.distributed says how FSDP2 and tensor parallelism are meant."
             )
         if not leaf.is_floating_point():
             raise ShapeError(

@@ -44,7 +44,9 @@ _DTYPES: dict[str, torch.dtype] = {
 class Writer:
     """Collects the tensors of an object while its structure is written down."""
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool = False) -> None:
+        """Start empty; `shared` tensors may overlap in memory, which files do not allow."""
+        self.shared = shared
         self.tensors: dict[str, Tensor] = {}
         self._storages: set[int] = set()
 
@@ -104,6 +106,9 @@ class Writer:
         while name in self.tensors or name == "__metadata__":
             name, n = f"{path or 'value'}#{n}", n + 1
         x = x.detach().contiguous()
+        if self.shared:
+            self.tensors[name] = x
+            return name
         storage = x.untyped_storage().data_ptr()
         if storage in self._storages:
             x = x.clone()  # safetensors refuses tensors that share memory
@@ -117,6 +122,11 @@ def _refuse(obj: Any, path: str) -> NoReturn:
         f"io.save: expected tensors, results, states, dicts, lists and tuples, got "
         f"{type(obj).__name__}{at(path)}. Convert it, or register its class with io.register."
     )
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """Return a dtype by its name in files, such as "float32"."""
+    return _DTYPES[name]
 
 
 def read(node: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -188,7 +188,7 @@ class _Fold:
                 f"accumulate: expected batches of type ff.Batch, got {type(batch).__name__} as "
                 f"number {self.done}. Wrap it: ff.Batch(inputs, targets)."
             )
-        rows, device = _rows(batch)
+        rows, device = rows_of(batch)
         before = self.state or AccumulateState(None, *[torch.zeros((), dtype=torch.int64)] * 2)
         if batch.ids is None:
             ids = torch.arange(rows, device=device) + before.examples.to(device)
@@ -275,7 +275,7 @@ def _units(result: Any, rows: int) -> Tensor:
     return (known[0] if known else torch.tensor(rows)).detach().double()
 
 
-def _rows(batch: Batch) -> tuple[int, torch.device]:
+def rows_of(batch: Batch) -> tuple[int, torch.device]:
     """Return the number of examples of a batch, and where they are."""
     for leaf in trees.leaves(batch.inputs):
         if isinstance(leaf, Tensor) and leaf.ndim > 0:
