@@ -40,6 +40,7 @@ from fisherfn.curvature import Dense as Dense
 from fisherfn.curvature import Diagonal as Diagonal
 from fisherfn.curvature import GradientMoments as GradientMoments
 from fisherfn.curvature import Grouped as Grouped
+from fisherfn.curvature import Implicit as Implicit
 from fisherfn.curvature import LowRank as LowRank
 from fisherfn.estimators.dense import block_diagonal as block_diagonal
 from fisherfn.estimators.dense import dense as dense
@@ -66,6 +67,7 @@ from fisherfn.estimators.per_sample import score_norms as score_norms
 from fisherfn.estimators.products.fisher import empirical_vp as empirical_vp
 from fisherfn.estimators.products.fisher import fisher_vp as fisher_vp
 from fisherfn.estimators.products.fisher import ggn_vp as ggn_vp
+from fisherfn.estimators.products.implicit import implicit as implicit
 from fisherfn.estimators.products.linearized import linearized as linearized
 from fisherfn.estimators.together import statistics as statistics
 from fisherfn.estimators.trace import empirical_fisher_trace as empirical_fisher_trace

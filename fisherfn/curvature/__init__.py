@@ -6,6 +6,7 @@ from fisherfn.curvature.dense import Dense
 from fisherfn.curvature.diagonal import Diagonal
 from fisherfn.curvature.ekfac import EKFAC
 from fisherfn.curvature.grouped import Grouped
+from fisherfn.curvature.implicit import Implicit
 from fisherfn.curvature.kfac import KFAC
 from fisherfn.curvature.layout import Layout, layer_groups, leaf_groups
 from fisherfn.curvature.low_rank import LowRank
@@ -20,6 +21,7 @@ __all__ = [
     "Diagonal",
     "GradientMoments",
     "Grouped",
+    "Implicit",
     "Layout",
     "LowRank",
     "Result",

@@ -49,12 +49,14 @@ class Product:
     kind: parts.Kind = field(repr=False)
     slot: str = field(init=False, repr=False, default="")
     _stack: _Stack = field(init=False, repr=False)
+    _counter: _Counter = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Make the options read-only and take a name that compiled code can call by."""
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
         object.__setattr__(self, "slot", opaque.register(self))
         object.__setattr__(self, "_stack", _Stack(self))
+        object.__setattr__(self, "_counter", _Counter(self))
 
     def __call__(
         self,
@@ -144,6 +146,18 @@ class Product:
         found = problem.ready(self.kind, self.options["chunk_size"], compose=compose)
         return found, problem.total
 
+    def count(
+        self, params: Any, buffers: Any, batch: Batch | list[Batch], key: Tensor | None
+    ) -> Tensor:
+        """Return N of a batch, or of several, from a forward pass on their first examples."""
+        batches = [batch] if isinstance(batch, Batch) else batch
+        if torch.compiler.is_dynamo_compiling():
+            slot = self._counter.slot
+            found = [opaque.call(slot, params, buffers, one, key) for one in batches]
+        else:
+            found = [self._problem(params, buffers, one, key)[0].counted() for one in batches]
+        return torch.stack(found).sum()
+
     def gradient(self, params: Any, buffers: Any, batch: Batch) -> tuple[Any, Tensor]:
         """Return the gradient of the mean negative log-likelihood of one batch, and N."""
         problem, compose = self._problem(params, buffers, batch, None)
@@ -191,6 +205,18 @@ class _Stack:
             found = parts.added(found, part.multiply_many(vectors))
         assert found is not None
         return chosen.restore(found), total
+
+
+class _Counter:
+    """How compiled code counts the units of a batch."""
+
+    def __init__(self, product: Product) -> None:
+        self._product = product
+        self.slot = opaque.register(self)
+
+    def traced(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Tensor:
+        """Return N."""
+        return self._product.count(params, buffers, batch, key)
 
 
 def fisher_vp(

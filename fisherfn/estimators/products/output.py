@@ -47,32 +47,31 @@ class OutputFisher:
         """Return the cotangents, like the outputs."""
         if self._factor is not None:
             return self._exact(tangents, self._factor)
+        live = self._live(tangents)
         total: Any = None
         for scores in self._scores:
-            part = self._rank_one(scores, tangents)
+            part = self._rank_one(scores, live)
             total = part if total is None else trees.add(total, part)
-        share = 1.0 / len(self._scores)
-        return trees.map(lambda c, out: (c * share).to(out.dtype), total, self._observed.outputs)
+        return trees.map(lambda c, out: c.to(out.dtype), total, self._observed.outputs)
 
     def _rank_one(self, scores: Any, tangents: Any) -> Any:
-        """Return s <s, dz>, the inner product over an example, or over a position."""
+        """Return s <s, dz> / draws, the inner product over an example, or over a position."""
         outputs, likelihood = self._observed.outputs, self._observed.likelihood
         positions = likelihood.positions_shape(outputs)
         inner: Any = None
         for s, d in zip(trees.leaves(scores), trees.leaves(tangents), strict=True):
-            dtype = torch.promote_types(s.dtype, torch.float32)
-            # where the score is zero the tangent may be anything, also NaN
-            product = torch.where(s == 0, 0.0, s.to(dtype) * d.to(dtype))
+            s = s.to(torch.promote_types(s.dtype, torch.float32))
+            d = d.to(s.dtype)
             if not self._by_position:
-                product = product.reshape(len(s), -1).sum(-1)
+                product = torch.einsum("bi,bi->b", s.reshape(len(s), -1), d.reshape(len(d), -1))
             elif likelihood.event_axes is None:
-                product = product.reshape(*positions, -1).sum(-1)
-            elif likelihood.event_axes:
-                product = product.sum(likelihood.event_axes)
+                product = (s * d).reshape(*positions, -1).sum(-1)
+            else:
+                product = (s * d).sum(likelihood.event_axes) if likelihood.event_axes else s * d
             inner = product if inner is None else inner + product
         if not self._by_position:
             inner = inner.reshape(-1, *[1] * (len(positions) - 1))
-        factors = broadcast(inner, outputs, likelihood)
+        factors = broadcast(inner / len(self._scores), outputs, likelihood)
         return trees.map(lambda s, f: s.to(f.dtype) * f, scores, factors)
 
     def _exact(self, tangents: Any, factor: Tensor) -> Any:

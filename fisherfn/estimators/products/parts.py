@@ -151,6 +151,16 @@ class Problem:
             raise Dead(repaired)
         return found
 
+    def counted(self) -> Tensor:
+        """Return N, from the shape of the outputs for one example."""
+        inputs = part_of(self.batch.inputs, 0, 1)
+        function = self.function(inputs, compose=False)
+        with torch.no_grad():
+            outputs = function.restore(function([t.detach() for t in self.chosen.leaves]))
+        units = (self.labels.unit,)
+        self.observer.observe(outputs, units, 0, 1, targets_count=False)
+        return self.total
+
     def function(self, inputs: Any, *, compose: bool) -> Flat:
         """Return the outputs as a function of the chosen parameters."""
 
