@@ -113,7 +113,7 @@ class Factors(KroneckerStatistic):
                 finished[known] = _finished(moments, place)
             A = finished[known]
             blocks.append(b)
-            inputs[b.name], rows[b.name] = A, moments.rows
+            inputs[b.name], rows[b.name] = A, moments.rows.to(frame.total.dtype)
             if self.settings.fisher == FORWARD_ONLY:
                 eye = torch.eye(b.outputs, dtype=A.dtype, device=A.device)
                 outputs[b.name] = eye.expand(b.groups, -1, -1).contiguous()
@@ -125,7 +125,7 @@ class Factors(KroneckerStatistic):
             if beside is not None:
                 blocks.append(beside)
                 inputs[beside.name] = A.new_ones(1, 1, 1)
-                outputs[beside.name], rows[beside.name] = outputs[b.name], moments.rows
+                outputs[beside.name], rows[beside.name] = outputs[b.name], rows[b.name]
         rest = self.rest()
         if self.settings.fisher == FORWARD_ONLY:
             covered = {path for b in blocks for path in b.paths()}

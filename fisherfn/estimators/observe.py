@@ -42,7 +42,7 @@ class Counted:
     Attributes:
         mask: bool `[B, *positions]`.
         weights: Weight of each unit, 0 where masked: `[B]`, or `[B, *positions]` by position.
-        total: N, the sum of the weights; 0-d.
+        total: N, the sum of the weights; 0-d, float64: float32 cannot count beyond 2²⁴.
         masked: Whether a mask was given at all.
     """
 
@@ -67,7 +67,7 @@ class Counted:
             if weights is None:
                 shape = positions[:1] if unit == "example" else positions
                 each = torch.ones(shape, dtype=dtype, device=like.device)
-                number = torch.full((), each.numel(), dtype=dtype, device=like.device)
+                number = torch.full((), each.numel(), dtype=tally_dtype(like), device=like.device)
                 return Counted(mask, each, number, masked)
         else:
             mask = mask.expand(positions)
@@ -79,7 +79,7 @@ class Counted:
         each = _trailing(each.to(dtype), counts.dim()) if weights is not None else each
         # where, not a product: the weight of what is masked may be anything
         each = torch.where(counts, each, torch.zeros((), dtype=dtype, device=like.device))
-        return Counted(mask, each, each.sum(), masked)
+        return Counted(mask, each, each.sum(dtype=tally_dtype(each)), masked)
 
     def part(self, start: int, stop: int) -> Counted:
         """Return what counts of the examples `start` to `stop`, with the same total."""
@@ -88,11 +88,17 @@ class Counted:
     @cached_property
     def root_weights(self) -> Tensor:
         """`√(w/N)` of each unit; 0 where nothing counts."""
-        if concrete(self.weights, self.total):  # bad values have been raised for
-            return (self.weights / self.total).sqrt()
+        total = self.total.to(self.weights.dtype)
+        if concrete(self.weights, total):  # bad values have been raised for
+            return (self.weights / total).sqrt()
         # bad weights, or nothing to count, must not look like a result
-        fine = (self.weights >= 0).all() & (self.total > 0)
-        return (self.weights / torch.where(fine, self.total, float("nan"))).sqrt()
+        fine = (self.weights >= 0).all() & (total > 0)
+        return (self.weights / torch.where(fine, total, float("nan"))).sqrt()
+
+
+def tally_dtype(like: Tensor) -> torch.dtype:
+    """Return the dtype of counts: float64 where the device has it."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def _trailing(t: Tensor, rank: int) -> Tensor:
@@ -181,7 +187,7 @@ class Observed:
         log_prob = self.likelihood.log_prob(self.outputs, targets)
         if self.mask is not None:
             log_prob = torch.where(self.mask, log_prob, torch.zeros_like(log_prob))
-        shares = _trailing(self.counted.root_weights ** 2, log_prob.dim())
+        shares = _trailing(self.counted.root_weights**2, log_prob.dim())
         total = (log_prob * shares).sum()
         return total if self.poison is None else total * self.poison
 
