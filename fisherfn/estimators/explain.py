@@ -151,9 +151,15 @@ def _explain(
     plan = plan_for(estimator.model, params, buffers, batch.inputs)
     captured = Captured(estimator.model, params, buffers, batch.inputs, plan, plain=False)
     costs: dict[int, int] = {}
+    statistic = estimator.make() if isinstance(estimator, Estimator) else None
+    if statistic is not None:
+        statistic.begin(params)
 
     def note(leaf: int, scores: LeafScores) -> None:
-        costs[leaf] = scores.multiplications()
+        if statistic is None:
+            costs[leaf] = scores.multiplications()
+        else:
+            costs[leaf] = statistic.multiplications(leaf, scores)
 
     # explaining must stay cheap: parameters on the general path are counted, not run
     ones = trees.map(lambda t: torch.ones_like(t).unsqueeze(0), captured.outputs)

@@ -21,7 +21,7 @@ from fisherfn.estimators.estimator import Estimator
 from fisherfn.estimators.statistic import Frame
 from fisherfn.groups import GroupSpec
 from fisherfn.groups.pools import check_leaves, pools
-from fisherfn.layers.grouping import group_sum
+from fisherfn.layers.grouping import group_sum, multiplications
 from fisherfn.layers.leaf import LeafScores
 from fisherfn.layers.numerics import accumulate
 from fisherfn.likelihoods import resolve
@@ -48,6 +48,10 @@ class GroupSum(SquareSum):
         """Add the squares of this parameter's scores to its groups."""
         spec, number = self._leaves[leaf]
         self._now[number] = accumulate(self._now.get(number), group_sum(scores, spec))
+
+    def multiplications(self, leaf: int, scores: LeafScores) -> int:
+        """Return the multiplications of the groups, which may be fewer than those of entries."""
+        return multiplications(scores, self._leaves[leaf][0])
 
     def result(self, frame: Frame) -> Grouped:  # type: ignore[override]
         """Return the traces, with the standard error of the mean over draws."""

@@ -63,6 +63,10 @@ class Statistic(ABC):
     def take(self, leaf: int, scores: LeafScores, root_weights: Tensor) -> None:
         """Receive the scores of a parameter; `root_weights` is `√(w/N)`, `[B]` or `[K, B]`."""
 
+    def multiplications(self, leaf: int, scores: LeafScores) -> int:
+        """Return the multiplications that `take` needs, for explanations."""
+        return scores.multiplications()
+
     def end_pull(self) -> None:
         """All parameters have been taken for this block of columns."""
         return

@@ -45,7 +45,7 @@ def reduce(tree: Any, specs: Specs) -> dict[str, Tensor]:
     for path, leaf in leaves.items():
         spec = specs[path]
         name = spec.into or path
-        part = spec.fold(wide(leaf))
+        part = spec.fold(wide(leaf)).clone()  # elements are the tensor itself
         found[name] = found[name] + part.to(found[name].device) if name in found else part
     sizes = pool_sizes("groups.reduce", specs)
     for name, members in pools("groups.reduce", specs).items():

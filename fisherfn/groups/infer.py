@@ -118,8 +118,8 @@ def infer(
         A mapping from path to `GroupSpec`, with `unknown`; it prints as a table.
 
     Raises:
-        OptionError: Another `reduction`, a rule that is none, or something that is neither module
-            nor configuration.
+        OptionError: Another `reduction`, a `bucket` that is no positive integer, a rule that is
+            none, or something that is neither module nor configuration.
         ShapeError: The heads of the configuration do not divide a parameter.
         TreeMismatchError: A parameter has another shape than in the module, or than a rule's spec.
 
@@ -138,6 +138,8 @@ def infer(
             f"groups.infer: expected reduction to be one of {list(REDUCTIONS)}, got {reduction!r}. "
             "Both conserve the trace when they are expanded."
         )
+    if bucket is not None:
+        make.check_bucket("infer", bucket)
     asked = _Asked(module_or_config, _rules(rules), bucket)
     specs: dict[str, GroupSpec] = {}
     for path, leaf in zip(trees.paths(params), trees.leaves(params), strict=True):

@@ -26,12 +26,13 @@ class Owners:
 
     def __init__(self, module: nn.Module) -> None:
         """Walk through a module; tied parameters are found under each of their names."""
-        self._found: dict[str, tuple[nn.Module, str, nn.Module | None]] = {}
+        self._found: dict[str, tuple[nn.Module, str, nn.Module | None, nn.Parameter]] = {}
         modules = dict(module.named_modules(remove_duplicate=False))
         for prefix, owner in modules.items():
             parent = modules.get(prefix.rpartition(".")[0]) if prefix else None
-            for name in owner._parameters:
-                self._found[f"{prefix}.{name}" if prefix else name] = (owner, name, parent)
+            own = owner.named_parameters(recurse=False, remove_duplicate=False)
+            for name, p in own:
+                self._found[f"{prefix}.{name}" if prefix else name] = (owner, name, parent, p)
 
     def __contains__(self, path: str) -> bool:
         """Return whether there is a parameter of this name."""
@@ -39,9 +40,8 @@ class Owners:
 
     def shape(self, path: str) -> Shape | None:
         """Return the shape of the module's own parameter, None if it has none yet."""
-        owner, name, _ = self._found[path]
-        p = owner._parameters[name]
-        return None if p is None or isinstance(p, nn.UninitializedParameter) else tuple(p.shape)
+        p = self._found[path][3]
+        return None if isinstance(p, nn.UninitializedParameter) else tuple(p.shape)
 
     def owner(self, path: str) -> str:
         """Return the class name of the module that owns a parameter."""
@@ -49,7 +49,7 @@ class Owners:
 
     def spec(self, path: str, shape: Shape) -> GroupSpec | None:
         """Return the spec of a parameter, None if its module is not known."""
-        owner, name, parent = self._found[path]
+        owner, name, parent, _ = self._found[path]
         if isinstance(owner, _NORMS):
             return elements(shape)
         if len(shape) < 2:

@@ -300,13 +300,22 @@ def rows(shape: Sequence[int], *, axis: int = 0, bucket: int = 1) -> GroupSpec:
         (12, 12, 6)
     """
     size = _axis("rows", shape, axis)
-    if isinstance(bucket, bool) or not isinstance(bucket, int) or bucket < 1:
-        raise OptionError(
-            f"groups.rows: expected bucket to be an integer of at least 1, got {bucket!r}. It is "
-            "the number of rows in one group."
-        )
+    check_bucket("rows", bucket)
     kind = "row" if bucket == 1 else "bucket"
     return GroupSpec(kind, tuple(shape), axis, -(-size // bucket), run=bucket)
+
+
+def check_bucket(caller: str, bucket: Any) -> None:
+    """Raise unless `bucket` is a positive integer.
+
+    Raises:
+        OptionError: It is not.
+    """
+    if isinstance(bucket, bool) or not isinstance(bucket, int) or bucket < 1:
+        raise OptionError(
+            f"groups.{caller}: expected bucket to be an integer of at least 1, got {bucket!r}. It "
+            "is the number of rows in one group."
+        )
 
 
 def elements(shape: Sequence[int]) -> GroupSpec:
