@@ -19,7 +19,6 @@ from fisherfn.core.errors import OptionError
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.common import is_number
-from fisherfn.estimators.estimator import Estimator
 from fisherfn.optim import damping as rules
 from fisherfn.optim import inverse as inverses
 from fisherfn.optim import quadratic
@@ -324,7 +323,8 @@ def natural_gradient(
             )
     _check_number(caller, "weight_decay", weight_decay)
     needs_loss = learning_rate is None or isinstance(rule, LevenbergMarquardt)
-    if needs_loss and not isinstance(estimator, Estimator):
+    known = [hasattr(estimator, name) for name in ("model", "likelihood", "options")]
+    if needs_loss and not all(known):
         raise OptionError(
             f"{caller}: expected an estimator of this library for learning_rate=None and "
             f"levenberg_marquardt, got {type(estimator).__name__}. They need its model and "

@@ -22,6 +22,7 @@ from fisherfn.estimators.estimator import Estimator
 from fisherfn.estimators.observe import Labels
 from fisherfn.estimators.observer import Observer
 from fisherfn.estimators.products.fisher import fisher_vp
+from fisherfn.estimators.products.linear import load_forward_mode
 from fisherfn.estimators.products.output import OutputFisher
 from fisherfn.estimators.products.plain import Chosen, Flat
 
@@ -74,6 +75,7 @@ def products(
         buffers,
         batch.inputs,
         lambda outputs: likelihood.check_outputs(caller, outputs),
+        compose=transformed(),
     )
     ready = [chosen.vectors(caller, v, "directions") for v in vectors]
     try:
@@ -101,6 +103,7 @@ def _pushed(
     if transformed():
         outputs, found = torch.func.jvp(function, (leaves,), (tangents,))[:2]
         return outputs, found
+    load_forward_mode()
     with forward_ad.dual_level():
         duals = [forward_ad.make_dual(p, t) for p, t in zip(leaves, tangents, strict=True)]
         pairs = [forward_ad.unpack_dual(out) for out in function(duals)]

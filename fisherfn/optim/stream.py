@@ -7,7 +7,7 @@ The average is exponential and by meaning: Kronecker factors are averaged, not t
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +15,16 @@ from torch import Tensor
 
 from fisherfn.batch import Batch
 from fisherfn.core import random, trees
-from fisherfn.core.errors import OptionError
+from fisherfn.core.errors import OptionError, UnsupportedError
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
-from fisherfn.curvature import Curvature, LowRank
-from fisherfn.curvature.common import is_number
+from fisherfn.curvature import KFAC, Curvature, LowRank
+from fisherfn.curvature.common import is_number, working_dtype
+from fisherfn.curvature.implicit import Implicit
+from fisherfn.estimators.ekfac import ekfac
+from fisherfn.estimators.estimator import Estimator
+from fisherfn.estimators.kfac import kfac
+from fisherfn.estimators.together import statistics
 from fisherfn.optim.inverse import Inverse, invert
 from fisherfn.states import ema
 
@@ -65,8 +70,9 @@ class Stream:
         key: Tensor | None,
     ) -> CurvatureState:
         """Return the state after one more step: with a new estimate or inverse, if they are due."""
+        first = state.inverse is None
         if batch is None:
-            if state.inverse is None:
+            if first:
                 raise OptionError(
                     f"{self.caller}: expected batch= at the first step, got None. Pass the batch "
                     "that the gradients are of, or a part of it: update(grads, state, params, "
@@ -76,22 +82,25 @@ class Stream:
         self._check_key(key)
         if key is not None:
             key = random.fold_in(key, step.to(key.device))
-        first = state.inverse is None
-        # without an average, an estimate that is not inverted would be lost
-        every = self.update_every if self.decay else self.invert_every
-        due = _due(step, every) if not first else True
-        if due is False:
-            return self._inverted(state, step)
-        new = self._estimate(params, buffers, batch, key)
+        inverted = True if first else _due(step, self.invert_every)
+        updated = True if first else _due(step, self.update_every)
         if not self.decay:
-            after = CurvatureState(None, self.invert(new))
-        else:
-            after = self._inverted(
-                CurvatureState(self._averaged(state.average, new), state.inverse), step
-            )
-        if due is True:
+            # an estimate that is not inverted would be lost
+            after = state if inverted is False else self._latest(params, buffers, batch, key)
+            return after if isinstance(inverted, bool) else _choose(inverted, after, state)
+        average = state.average
+        if updated is not False:
+            average = self._averaged(state, params, buffers, batch, key)
+            if updated is not True:
+                average = _choose(updated, average, state.average)
+        after = CurvatureState(average, state.inverse)
+        if inverted is False:
             return after
-        return _choose(due, after, self._inverted(state, step))
+        fresh = after._replace(inverse=self.invert(average.mean))
+        return fresh if inverted is True else _choose(inverted, fresh, after)
+
+    def _latest(self, params: Tree, buffers: Tree, batch: Batch, key: Any) -> CurvatureState:
+        return CurvatureState(None, self.invert(self._estimate(params, buffers, batch, key)))
 
     def _estimate(self, params: Tree, buffers: Tree, batch: Batch, key: Tensor | None) -> Any:
         new = self.estimator(params, buffers, batch, key=key)
@@ -100,28 +109,18 @@ class Stream:
                 f"{self.caller}: expected an estimator of curvature, got one that gives "
                 f"{type(new).__name__}. Use kfac, ekfac, diagonal, low_rank, dense or implicit."
             )
+        if isinstance(new, Implicit) and self.decay:
+            raise OptionError(
+                f"{self.caller}: expected decay=0 for implicit, got {self.decay}. Products on all "
+                "batches so far would be needed; set decay=0, or use low_rank or kfac."
+            )
         return new
 
-    def _averaged(self, average: Any, new: Curvature) -> Any:
-        """Return the average with one more result in it."""
-        smooth = ema(self.decay)
-        state = smooth.init(new) if average is None else average
-        rows = len(new.weights) if isinstance(new, LowRank) else 0
-        _, state = smooth.update(new, state)
-        if isinstance(new, LowRank):
-            # joined rows would grow without end: the best approximation by as many as one batch has
-            state = state._replace(mean=state.mean.truncate(rows))
-        return state
-
-    def _inverted(self, state: CurvatureState, step: Tensor) -> CurvatureState:
-        """Return the state with a fresh inverse, if one is due."""
-        if not self.decay:
-            return state
-        due = _due(step, self.invert_every) if state.inverse is not None else True
-        if due is False:
-            return state
-        after = state._replace(inverse=self.invert(state.average.mean))
-        return after if due is True else _choose(due, after, state)
+    def _averaged(
+        self, state: CurvatureState, params: Tree, buffers: Tree, batch: Batch, key: Any
+    ) -> Any:
+        """Return the average with the estimate on one more batch in it."""
+        return averaged(self.decay, state.average, self._estimate(params, buffers, batch, key))
 
     def _check_key(self, key: Any) -> None:
         fisher = getattr(self.estimator, "options", {}).get("fisher")
@@ -130,6 +129,100 @@ class Stream:
                 f"{self.caller}: expected key= for fisher={fisher!r}, got None. Pass "
                 "key=random.key(seed); the step is folded in, so one key serves all steps."
             )
+
+
+class EigenStream(Stream):
+    """EKFAC: factors are averaged and give the basis, and scales are averaged in that basis.
+
+    `average` is a pair: the average of the factors, and that of the scales since the last refresh
+    of the basis. George et al. (2018), algorithm 1, with a running average of the scales.
+    """
+
+    def update(
+        self,
+        state: CurvatureState,
+        step: Tensor,
+        params: Tree,
+        buffers: Tree,
+        batch: Batch | None,
+        key: Tensor | None,
+    ) -> CurvatureState:
+        """Return the state after one more step: with new factors, basis or scales."""
+        first = state.inverse is None
+        if batch is None or not self.decay:
+            return super().update(state, step, params, buffers, batch, key)
+        self._check_key(key)
+        inverted, updated = [
+            first or _due(step, every) for every in (self.invert_every, self.update_every)
+        ]
+        if not (isinstance(inverted, bool) and isinstance(updated, bool)):
+            raise UnsupportedError(
+                f"{self.caller}: expected update_every=1 and invert_every=1 for ekfac where steps "
+                "have no value (torch.compile, torch.vmap), got others. Use kfac, or call update "
+                "outside."
+            )
+        if not (inverted or updated):
+            return state
+        if key is not None:
+            key = random.fold_in(key, step.to(key.device))
+        factors, scales = (None, None) if state.average is None else state.average
+        made: Estimator = self.estimator
+        options = {k: v for k, v in made.options.items() if k != "basis"}
+        kronecker = kfac(made.model, made.likelihood, **options)
+
+        def in_basis(basis: Any) -> Estimator:
+            return ekfac(made.model, made.likelihood, basis=basis, **options)
+
+        if inverted:
+            if updated:
+                new = kronecker(params, buffers, batch, key=key)
+                factors = averaged(self.decay, factors, new)
+            assert factors is not None
+            basis = factors.mean.eigh()
+            found = in_basis(basis)(params, buffers, batch, key=key)
+            scales = averaged(self.decay, None, found)
+        else:
+            both = statistics(factors=kronecker, scales=in_basis(state.inverse.matrix))
+            found = both(params, buffers, batch, key=key)
+            factors = averaged(self.decay, factors, found["factors"])
+            scales = averaged(self.decay, scales, found["scales"])
+        return CurvatureState((factors, scales), Inverse(scales.mean, None))
+
+
+def averaged(decay: float, average: Any, new: Curvature) -> Any:
+    """Return an exponential average with one more result in it.
+
+    Joined rows would grow without end; they are replaced by the best approximation with as many
+    rows as one batch has.
+    """
+    smooth = ema(decay)
+    _, state = smooth.update(new, smooth.init(new) if average is None else average)
+    return state._replace(mean=bounded(state.mean, new))
+
+
+def bounded(mean: Any, new: Curvature) -> Any:
+    """Return an average with no more rows than one result has."""
+    if isinstance(mean, LowRank) and isinstance(new, LowRank):
+        return mean.truncate(len(new.weights))
+    if isinstance(mean, KFAC) and isinstance(new, KFAC):
+        sides: dict[str, dict[str, Tensor]] = {}
+        for side in ("inputs", "outputs"):
+            sides[side] = {}
+            for b in mean.blocks:
+                x, y = getattr(mean, side)[b.name], getattr(new, side)[b.name]
+                rows = (b.input_form if side == "inputs" else b.output_form) == "rows"
+                sides[side][b.name] = _strongest(x, y.shape[-2]) if rows else x
+        return replace(mean, **sides)
+    return mean
+
+
+def _strongest(rows: Tensor, count: int) -> Tensor:
+    """Return the best approximation of rowsᵀ rows, [R, m, n], by so many rows."""
+    if rows.shape[-2] <= count:
+        return rows
+    wide = rows.to(working_dtype(rows))
+    _, vectors = torch.linalg.eigh(wide @ wide.mT)
+    return (vectors[..., -count:].mT @ wide).to(rows.dtype)
 
 
 def _due(step: Tensor, every: int) -> bool | Tensor:
@@ -183,4 +276,7 @@ def stream(
     def default(matrix: Any) -> Inverse:
         return invert(matrix, reused=invert_every > 1)
 
-    return Stream(caller, estimator, float(decay), update_every, invert_every, inverter or default)
+    kind = Stream
+    if isinstance(estimator, Estimator) and estimator.name == "ekfac":
+        kind = EigenStream if estimator.options["basis"] is None else Stream
+    return kind(caller, estimator, float(decay), update_every, invert_every, inverter or default)

@@ -135,14 +135,11 @@ def apply_updates(params: Tree, updates: Tree) -> Tree:
         >>> apply_updates({"w": torch.ones(2)}, {"w": torch.tensor([-0.5, 1.0])})
         {'w': tensor([0.5000, 2.0000])}
     """
-    trees.check_like("optim.apply_updates", "updates", updates, params)
-
-    def one(p: Any, u: Any) -> Tensor:
+    for p in trees.leaves(params):
         if not isinstance(p, Tensor):
             raise TreeMismatchError(
                 f"optim.apply_updates: expected params to be tensors, got {type(p).__name__}. "
                 "Pass what ff.functional returned."
             )
-        return (p + u).to(p.dtype)
-
-    return trees.map(one, params, updates)
+    trees.check_like("optim.apply_updates", "updates", updates, params)
+    return trees.map(lambda p, u: (p + u).to(p.dtype), params, updates)
