@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 #: Bytes of the largest matrix that `to_dense` makes.
 MATRIX_BUDGET = 2 * 2**30
-_BLOCK = 32
+_BLOCK = 256  # unit vectors that `to_dense` multiplies together, at most
+_BLOCK_BYTES = 64 * 2**20
 
 
 class Operator(Protocol):
@@ -203,8 +204,9 @@ class Implicit(Curvature):
             )
         device = like[0].device if like else self.count.device
         rows = []
-        for first in range(0, size, _BLOCK):
-            index = torch.arange(first, min(size, first + _BLOCK), device=device)
+        step = max(1, min(_BLOCK, size * _BLOCK_BYTES // max(1, needed)))
+        for first in range(0, size, step):
+            index = torch.arange(first, min(size, first + step), device=device)
             units = (torch.arange(size, device=device) == index.unsqueeze(1)).to(dtype)
             parts = zip(units.split(self.layout.sizes, 1), self.layout.shapes, strict=True)
             stack = [part.reshape(len(index), *shape) for part, shape in parts]
@@ -288,6 +290,11 @@ class Implicit(Curvature):
             zero.to(dtype).expand(shape)
             for shape, dtype in zip(self.layout.shapes, self.layout.dtypes, strict=True)
         ]
+
+    def prepared(self, ready: Operator) -> Self:
+        """Take over what was computed ahead for the only term; returns the same object."""
+        object.__setattr__(self, "_prepared", {0: ready})
+        return self
 
     def _ready(self, index: int) -> Any:
         """Return an operator with what could be computed ahead, kept for the next product."""

@@ -46,7 +46,7 @@ from fisherfn.estimators.products.linearized import Linearized, Linearizer
 
 #: Products that an exact diagonal may need before it is refused.
 EXACT_BUDGET = 16_384
-_BLOCK = 32
+_BLOCK = 128  # unit vectors multiplied together
 _METHODS: dict[str, Callable[..., linalg.Estimate]] = {
     "hutchinson": linalg.hutchinson,
     "hutchpp": linalg.hutchpp,

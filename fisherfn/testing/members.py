@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherfn import groups
 from fisherfn.core import random, trees
-from fisherfn.curvature import KFAC
+from fisherfn.curvature import EKFAC, Dense
 from fisherfn.estimators.dense import block_diagonal, dense
 from fisherfn.estimators.diagonal import diagonal
 from fisherfn.estimators.ekfac import ekfac
@@ -21,6 +21,7 @@ from fisherfn.estimators.kfac import kfac
 from fisherfn.estimators.low_rank import low_rank
 from fisherfn.estimators.moments import gradient_moments
 from fisherfn.estimators.per_sample import per_sample_gradients, score_gram, score_norms
+from fisherfn.estimators.products.implicit import implicit
 from fisherfn.estimators.together import statistics
 from fisherfn.estimators.trace import (
     empirical_fisher_trace,
@@ -131,20 +132,47 @@ def _traces() -> list[Member]:
     ]
 
 
-def _basis(problem: Problem) -> tuple[KFAC]:
-    """Factors of the model's blocks that do not depend on the data."""
+def _products(model: Any, likelihood: Any, **options: Any) -> Any:
+    """The matrix that an `Implicit` stands for, from its products with unit vectors."""
+    bind = implicit(model, likelihood, **options)
+
+    def run(params: Any, buffers: Any, batch: Any, *, key: Any = None) -> Dense:
+        F = bind(params, buffers, batch, key=key)
+        return Dense(F.to_dense(), F.count, F.layout, fisher=F.fisher, unit=F.unit)
+
+    return run
+
+
+def _from_products() -> list[Member]:
+    """Matrices of products: each kind of labels once, both units, and the Hessian."""
+    by_position = {"fisher": "empirical", "unit": "position"}
+    return [
+        Member("products-exact-example", _products),
+        Member("products-mc-example", _products, {"fisher": "mc"}, keyed=True),
+        Member("products-empirical-position", _products, by_position, unit="position"),
+        Member("products-hessian", _products, {"matrix": "hessian"}),
+    ]
+
+
+def _basis(problem: Problem) -> tuple[EKFAC]:
+    """Eigenbases for the model's blocks that do not depend on the data."""
     options = {"fisher": "forward_only", "bias": "separate", "unit": problem.unit}
-    F = kfac(problem.model, problem.likelihood, **options)
-    like = F(*problem.args)
+    like = kfac(problem.model, problem.likelihood, **options)(*problem.args)
 
     def factor(x: Tensor) -> Tensor:
         if x.dim() < 3:
             return torch.ones_like(x)
-        rows = random.normal(random.key(x.shape[-1]), (*x.shape[:-2], 20, x.shape[-1]), x.dtype)
+        shape = (*x.shape[:-2], 20, x.shape[-1])
+        rows = random.normal(random.key(x.shape[-1]), shape, torch.float64)
         return rows.mT @ rows
 
     inputs, outputs = (trees.map(factor, x) for x in (like.inputs, like.outputs))
-    return (replace(like, inputs=inputs, outputs=outputs),)
+    found = replace(like, inputs=inputs, outputs=outputs).eigh()
+    dtype = torch.promote_types(trees.leaves(problem.params)[0].dtype, torch.float32)
+    left, right = (
+        trees.map(lambda x: x.to(dtype), x) for x in (found.output_basis, found.input_basis)
+    )
+    return (replace(found, output_basis=left, input_basis=right),)
 
 
 def _members() -> dict[str, Member]:
@@ -186,6 +214,7 @@ def _members() -> dict[str, Member]:
     found.append(Member("diagonal-mc-three_samples", diagonal, many, keyed=True))
     found += _traces()
     found.append(Member("grouped-mc-three_samples", grouped, many, keyed=True, arguments=_groups))
+    found += _from_products()
     return {member.name: member for member in found}
 
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from fisherfn.batch import Batch
+from fisherfn.core import trees
+from fisherfn.core.modes import concrete
 from fisherfn.curvature import Layout
 from fisherfn.curvature.implicit import Implicit
 from fisherfn.estimators.products.fisher import Product
@@ -96,12 +98,16 @@ class Binder:
         product = self.bound.product
         if not isinstance(batch, Batch):
             batch = list(numbered(product.name, batch))
-        count = product.count(params, buffers, batch, key)
         arguments = {"params": params, "buffers": buffers, "batch": batch}
         if key is not None:
             arguments["key"] = key
+        ready = self.bound.prepare(arguments) if concrete(*trees.leaves(arguments)) else None
+        if ready is None or ready.linear is None or ready.linear.count is None:
+            count = product.count(params, buffers, batch, key)
+        else:
+            count = ready.linear.count
         chosen = Chosen.of(product.name, params, product.options["select"])
-        return Implicit(
+        found = Implicit(
             (torch.ones_like(count),),
             (arguments,),
             count,
@@ -110,6 +116,7 @@ class Binder:
             fisher=self.fisher,
             unit=product.options["unit"],
         )
+        return found if ready is None else found.prepared(ready)
 
 
 def implicit(
@@ -148,7 +155,7 @@ def implicit(
     Raises:
         OptionError: an option does not exist, or the combination makes no sense.
 
-    Cost: one forward pass to count, then as `linearized`.
+    Cost: as `linearized`; without `reuse_forward`, as `fisher_vp` for each product.
 
     Example:
         >>> import fisherfn as ff
