@@ -10,7 +10,7 @@ from fisherfn.core.trees import Tree
 from fisherfn.linalg.hutchinson import FEWEST, at_least_rounding, check_sampling, stopper, summary
 from fisherfn.linalg.probes import check_probes, draw
 from fisherfn.linalg.results import Estimate
-from fisherfn.linalg.sketch import Sketch, check_columns
+from fisherfn.linalg.sketch import Sketch
 from fisherfn.linalg.space import Operator, Space, rows
 
 
@@ -48,7 +48,7 @@ def hutchpp(
         `Estimate`, 0-d tensors.
 
     Raises:
-        OptionError: an option does not exist; fewer than 3 products, or more than dimensions.
+        OptionError: an option does not exist; or fewer than 3 products.
         TreeMismatchError: mv does not return a tree like its argument.
         UnsupportedError: target_stderr inside `torch.compile` or `torch.func`.
 
@@ -71,8 +71,7 @@ def hutchpp(
     check_sampling("hutchpp", num_matvecs, 3, key, chunk_size, advice)
     check_probes("hutchpp", probes, density)
     stop = stopper("hutchpp", target_stderr, relative)
-    third = num_matvecs // 3
-    check_columns("hutchpp", space, third, 3)
+    third = min(num_matvecs // 3, space.size)
     first, second = random.split(key).unbind(0)
     sketch = Sketch(space, mv, first, probes, chunk_size, third, density)
     sketch.grow(third)
@@ -85,7 +84,7 @@ def hutchpp(
     ritz = torch.cat(parts)
     inside = ritz.sum()
     values: list[Tensor] = []
-    done, most = 0, num_matvecs - 2 * third
+    done, most = 0, num_matvecs - 2 * (num_matvecs // 3)
     while done < most:
         upto = min(most, done + chunk_size)
         v, _ = sketch.basis.reject(draw(space, second, done, upto, probes, density))

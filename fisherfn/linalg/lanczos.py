@@ -241,6 +241,8 @@ class _Iteration:
         h[old:, :old] = coefficients[:old].T
         h[old:, old:] = (h[old:, old:] + h[old:, old:].T) / 2
         self.h = h
+        pad = torch.zeros(self.lost.shape[0], count, dtype=space.small, device=space.device)
+        self.lost = torch.cat([self.lost, pad], dim=1)
         if not bool(h.isfinite().all()):
             nan = torch.full((n,), float("nan"), dtype=space.small, device=space.device)
             return nan, torch.eye(n, dtype=space.small, device=space.device), nan
@@ -248,8 +250,6 @@ class _Iteration:
         self.next, r = self._orthonormal(rest, theta.abs().max())
         self.c = torch.zeros(r.shape[0], n, dtype=space.small, device=space.device)
         self.c[:, old:] = r
-        pad = torch.zeros(self.lost.shape[0], count, dtype=space.small, device=space.device)
-        self.lost = torch.cat([self.lost, pad], dim=1)
         return theta, y, torch.linalg.vector_norm(self.c @ y, dim=0)
 
     def _finished(self, theta: Tensor, y: Tensor, residuals: Tensor) -> bool:

@@ -62,7 +62,7 @@ def lobpcg(
         key: Random key of the starting vectors.
         which: "largest" or "smallest" (algebraically).
         max_steps: Steps, at most, of k products each.
-        tolerance: Largest residual ‖A v − θ v‖, as a share of the largest |θ|.
+        tolerance: Largest residual ‖A v − θ v‖, as a share of the largest ‖A x‖/‖x‖ seen.
         chunk_size: Vectors multiplied together by `torch.vmap`.
 
     Returns:
@@ -106,12 +106,16 @@ def lobpcg(
         )
     sizes = [leaf.numel() for leaf in space.leaves]
     sign = 1.0 if which == "largest" else -1.0
-    taken = 0
+    taken, largest = 0, torch.zeros((), dtype=space.small, device=space.device)
 
     def multiply(block: Block) -> Block:
-        nonlocal taken
+        nonlocal taken, largest
         taken += block[0].shape[0]
-        return [part.detach() for part in space.apply(mv, block, chunk_size)]
+        found = [part.detach() for part in space.apply(mv, block, chunk_size)]
+        sizes = space.norms(block)
+        ratios = space.norms(found) / torch.where(sizes > 0, sizes, torch.ones_like(sizes))
+        largest = torch.maximum(largest, ratios.max())
+        return found
 
     def product(x: Tensor) -> Tensor:
         found = multiply([part.contiguous() for part in x.T.split(sizes, dim=1)])
@@ -130,8 +134,8 @@ def lobpcg(
     order = theta.argsort(descending=True)
     theta, block = theta[order], [part[order.to(part.device)] for part in block]
     rest = space.axpy(-theta, block, multiply(block))
-    residuals = space.norms(rest) + space.eps * theta.abs().max()
-    limit = max(tolerance, 64 * space.eps) * theta.abs().max()
+    residuals = space.norms(rest) + space.eps * largest
+    limit = max(tolerance, 64 * space.eps) * largest
     return Eigenpairs(
         theta.to(space.dtype),
         space.stacked(block),

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherfn.core.errors import OptionError
 from fisherfn.core.modes import transformed
 from fisherfn.linalg.probes import draw
 from fisherfn.linalg.space import Basis, Block, Operator, Space, choose, rows
@@ -95,13 +94,3 @@ class Sketch:
         inverse = torch.linalg.solve_triangular(r, eye, upper=True)
         s = inverse.T / torch.linalg.vector_norm(inverse, dim=1)
         return s, (s * self.r).sum(0)
-
-
-def check_columns(caller: str, space: Space, columns: int, products_each: int) -> None:
-    """Refuse more test vectors than dimensions."""
-    if columns > space.size:
-        raise OptionError(
-            f"{caller}: expected num_matvecs= of at most {products_each * space.size} for vectors "
-            f"of {space.size} numbers, got test vectors for {columns}. So many products give the "
-            "whole matrix: multiply by the unit vectors."
-        )

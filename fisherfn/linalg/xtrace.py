@@ -10,7 +10,7 @@ from fisherfn.core.trees import Tree
 from fisherfn.linalg.hutchinson import FEWEST, at_least_rounding, check_sampling, stopper, summary
 from fisherfn.linalg.probes import check_probes
 from fisherfn.linalg.results import Estimate
-from fisherfn.linalg.sketch import Sketch, check_columns
+from fisherfn.linalg.sketch import Sketch
 from fisherfn.linalg.space import Operator, Space, rows
 
 _ADVICE = "Half of the products are with test vectors, half with the basis of their images."
@@ -38,7 +38,8 @@ def xtrace(
     Args:
         mv: Function tree -> tree, v to A v, symmetric.
         like: Tree like v; only shapes, dtypes and devices matter.
-        num_matvecs: Products, at most; rounded down to an even number, at least 4.
+        num_matvecs: Products, at most; rounded down to an even number, at least 4. Twice the
+            dimensions give the trace exactly, and more are not taken.
         key: Random key.
         probes: "sphere", "gaussian" or "rademacher".
         density: Share of entries that are not zero; see `hutchinson`.
@@ -52,7 +53,7 @@ def xtrace(
         taken as independent, and never less than what rounding does.
 
     Raises:
-        OptionError: an option does not exist; fewer than 4 products, or more than dimensions.
+        OptionError: an option does not exist; or fewer than 4 products.
         TreeMismatchError: mv does not return a tree like its argument.
         UnsupportedError: target_stderr inside `torch.compile` or `torch.func`.
 
@@ -75,8 +76,7 @@ def xtrace(
     check_sampling("xtrace", num_matvecs, 4, key, chunk_size, _ADVICE)
     check_probes("xtrace", probes, density)
     stop = stopper("xtrace", target_stderr, relative)
-    most = num_matvecs // 2
-    check_columns("xtrace", space, most, 2)
+    most = min(num_matvecs // 2, space.size)
     sketch = Sketch(space, mv, key, probes, chunk_size, most, density)
     uniform = probes != "rademacher" and density == 1
     h = torch.zeros(0, 0, dtype=space.small, device=space.device)
@@ -86,9 +86,12 @@ def xtrace(
         before = sketch.count
         sketch.grow(min(most, before + step))
         h = _project(sketch, h, before)
-        if sketch.count < 2:
+        if sketch.count == space.size:  # nothing is left to chance
+            value, stderr = h.diagonal().sum(), torch.zeros_like(stderr)
+        elif sketch.count > 1:
+            value, stderr = summary(_leave_one_out(sketch, h, uniform))
+        else:
             continue
-        value, stderr = summary(_leave_one_out(sketch, h, uniform))
         stderr = at_least_rounding(space, stderr, h)
         if stop is not None and sketch.count >= FEWEST and stop(value, stderr):
             break
@@ -150,7 +153,8 @@ def xdiag(
     Args:
         mv: Function tree -> tree, v to A v, symmetric.
         like: Tree like v; only shapes, dtypes and devices matter.
-        num_matvecs: Products; rounded down to an even number, at least 4.
+        num_matvecs: Products; rounded down to an even number, at least 4. Twice the dimensions
+            give the diagonal exactly, and more are not taken.
         key: Random key.
         probes: "rademacher", "gaussian" or "sphere"; signs have the least variance.
         density: Share of entries that are not zero; see `hutchinson`.
@@ -160,7 +164,7 @@ def xdiag(
         `Estimate` of trees like v.
 
     Raises:
-        OptionError: an option does not exist; fewer than 4 products, or more than dimensions.
+        OptionError: an option does not exist; or fewer than 4 products.
         TreeMismatchError: mv does not return a tree like its argument.
 
     Cost: num_matvecs products, memory of 5/2 num_matvecs vectors. It compiles.
@@ -180,8 +184,7 @@ def xdiag(
     space = Space("xdiag", like, mv)
     check_sampling("xdiag", num_matvecs, 4, key, chunk_size, _ADVICE)
     check_probes("xdiag", probes, density)
-    most = num_matvecs // 2
-    check_columns("xdiag", space, most, 2)
+    most = min(num_matvecs // 2, space.size)
     sketch = Sketch(space, mv, key, probes, chunk_size, most, density)
     sketch.grow(most)
     assert sketch.basis is not None
@@ -195,8 +198,9 @@ def xdiag(
         qs, zs = st @ qi, st @ zi
         scale = pivots.to(qi.device, qi.dtype).unsqueeze(-1)
         # (I − Q_i Q_iᵀ) A ω_i = Q s_i (s_iᵀ r_i)
-        single = qs * (scale * oi - zs)
-        mean, stderr = summary(single)
+        mean, stderr = summary(qs * (scale * oi - zs))
+        if most == space.size:  # nothing is left to chance
+            mean = stderr = torch.zeros_like(mean)
         values.append(((qi * zi).sum(0) + mean).reshape(leaf.shape))
         errors.append(stderr.reshape(leaf.shape))
     return Estimate(
