@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from fisherfn.app.clock import Clock
@@ -13,6 +15,7 @@ from fisherfn.app.data import read_texts
 from fisherfn.app.job import Job
 from fisherfn.app.options import DTYPES, FimOptions, resolve_device
 from fisherfn.app.output import check_space, output_directory
+from fisherfn.app.processes import Processes, processes
 from fisherfn.app.progress import note
 from fisherfn.app.publish import check_csv, publish, show
 from fisherfn.app.run import Run
@@ -41,11 +44,24 @@ def fim(options: FimOptions, command: Sequence[str], out: Console, err: Console)
     Raises:
         FisherError: No results were written then.
     """
+    with processes(options.device) as (team, device):
+        out, err = team.quiet(out), team.quiet(err)
+        return _fim(options, command, out, err, team, resolve_device(device))
+
+
+def _fim(
+    options: FimOptions,
+    command: Sequence[str],
+    out: Console,
+    err: Console,
+    team: Processes,
+    device: torch.device,
+) -> int:
+    """Do what `fim` does, as one process of a team."""
     clock = Clock()
-    device = resolve_device(options.device)
     if options.csv is not None:
         check_csv(options.csv)
-    with stoppable(), output_directory(options.output) as directory:
+    with stoppable(), _output(options, team) as directory:
         if options.model is not None and not Path(options.model).expanduser().exists():
             note(err, f"{options.model} is no directory here; asking the model hub for it.")
         with clock.phase("reading model and texts"):
@@ -61,16 +77,33 @@ def fim(options: FimOptions, command: Sequence[str], out: Console, err: Console)
         with clock.phase("loading the weights"):
             module = load_weights(source, DTYPES[options.dtype], device)
             check_causality(module, source, device)
-            job = Job.of(module, samples, options, source.pad, device)
+            job = Job.of(module, samples, options, source.pad, device, team)
             size = sum(p.numel() for p in job.params.values())
             check_space(directory, 4 * size * (3 if options.label_samples > 1 else 2))
-            run = Run(job, directory, command, err)
+            run = Run(job, team.directory(directory), command, err)
         try:
-            report, about = publish(run, run.finish(clock), source, module, clock)
+            mine = run.finish(clock)
+            with clock.phase("adding up over processes" if team.world > 1 else "batches"):
+                total = team.together(mine)
+            if not team.is_first:
+                return 0
+            report, about = publish(run, total, source, module, clock)
         except Stopped as stop:
             return run.stop(stop)
     show(run, report, about, out)
     return 0
+
+
+@contextmanager
+def _output(options: FimOptions, team: Processes) -> Iterator[Path]:
+    """Let the first process prepare the output directory, and the others wait for it."""
+    if team.is_first:
+        with output_directory(options.output) as directory:
+            team.wait()
+            yield directory
+        return
+    team.wait()
+    yield options.output
 
 
 def read_samples(options: FimOptions, source: Source) -> Samples:

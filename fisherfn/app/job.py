@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fisherfn as ff
 from fisherfn.app.errors import OutOfMemoryError
 from fisherfn.app.options import FimOptions
+from fisherfn.app.processes import Processes
 from fisherfn.app.tokens import Samples, batch_tensors
 
 PLAN_TOKENS = 16
@@ -35,6 +36,7 @@ class Job:
     options: FimOptions
     pad: int
     device: torch.device
+    team: Processes = field(default_factory=Processes)
 
     @classmethod
     def of(
@@ -44,6 +46,7 @@ class Job:
         options: FimOptions,
         pad: int,
         device: torch.device,
+        team: Processes | None = None,
     ) -> Job:
         """Set up the estimator for a causal language model in evaluation mode.
 
@@ -68,12 +71,13 @@ class Job:
             unit=options.unit,
         )
         key = ff.random.key(options.seed, device=device)
-        return cls(model, estimator, params, buffers, key, samples, options, pad, device)
+        team = team or Processes()
+        return cls(model, estimator, params, buffers, key, samples, options, pad, device, team)
 
     @property
     def batches(self) -> int:
-        """Number of batches."""
-        return -(-len(self.samples.tokens) // self.options.batch_size)
+        """Number of batches of this process."""
+        return len(self.team.own(-(-len(self.samples.tokens) // self.options.batch_size)))
 
     def size(self, index: int) -> tuple[int, int]:
         """Return the samples and the predicted tokens of a batch."""
@@ -134,7 +138,7 @@ class Job:
 
     def _span(self, index: int) -> tuple[int, int]:
         """Return the first sample of a batch and the one after its last."""
-        start = index * self.options.batch_size
+        start = (self.team.rank + index * self.team.world) * self.options.batch_size
         return start, min(start + self.options.batch_size, len(self.samples.tokens))
 
 

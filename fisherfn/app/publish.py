@@ -56,6 +56,8 @@ def publish(
         if options.csv is not None:
             copy_whole(staging / "fisher.csv", options.csv)
     checkpoint.remove(run.directory)
+    for other in range(1, run.job.team.world):
+        shutil.rmtree(run.directory / f"process-{other}", ignore_errors=True)
     return report, about
 
 
@@ -91,6 +93,7 @@ def describe(run: Run, total: ff.Diagonal, source: Source, module: nn.Module) ->
         "granularity": options.granularity,
         "dtype": options.dtype,
         "device": str(job.device),
+        "processes": job.team.world,
         "tied_parameters": tied_names(module),
         "versions": versions(),
     }

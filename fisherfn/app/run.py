@@ -70,14 +70,14 @@ class Run:
         """Bytes held at most, here or earlier."""
         return max(self.peak_before, peak_memory(self.job.device))
 
-    def finish(self, clock: Clock) -> ff.Diagonal:
+    def finish(self, clock: Clock) -> ff.Diagonal | None:
         """Go through the batches that are left.
 
         Args:
             clock: Takes the time of batches and checkpoints.
 
         Returns:
-            The diagonal of all samples.
+            The diagonal of all samples of this process, None if there are none.
 
         Raises:
             OutOfMemoryError: Naming the options to lower.
@@ -87,7 +87,7 @@ class Run:
         samples = [job.size(index)[0] for index in range(job.batches)]
         if first == job.batches:
             clock.add("batches", self.seconds_before)
-            return self.state.result
+            return None if self.state is None else self.state.result
         with clock.phase("checking the plan"):
             self._guarded(job.prepare)
         self.begun = time.perf_counter()
@@ -197,7 +197,8 @@ class _Pace:
 def setup_of(job: Job) -> dict[str, Any]:
     """Return everything that the numbers depend on, under names that a user knows."""
     options = job.options
-    return {
+    team = {"processes": job.team.world} if job.team.world > 1 else {}
+    return team | {
         "the model (digest of its weights)": fingerprint(job.params | job.buffers)[:16],
         "the texts (digest of their tokens)": job.samples.fingerprint()[:16],
         "--fisher": options.fisher,
