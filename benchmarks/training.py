@@ -109,23 +109,23 @@ def problems() -> dict[str, Problem]:
     """Return the problems by name."""
     bernoulli, categorical = ff.likelihoods.bernoulli(), ff.likelihoods.categorical()
     exact: dict[str, Any] = {"learning_rate": None, "momentum": "exact"}
-    batches = {
+    deep = {
         **exact,
-        "damping": ff.optim.levenberg_marquardt(0.3, factor=0.9, lower=3e-3),
+        "damping": ff.optim.levenberg_marquardt(0.3, factor=0.9, lower=1e-3),
         "update_every": 5,
-        "invert_every": 20,
+        "invert_every": 10,
     }
-    whole = {
+    small = {
         **exact,
         "damping": ff.optim.levenberg_marquardt(0.1, factor=0.9, lower=1e-7),
         "update_every": 2,
         "invert_every": 4,
     }
     found = (
-        Problem("autoencoder", _autoencoder, bernoulli, False, 512, 256, 600, 300, batches),
-        Problem("cnn", _cnn, categorical, True, 1797, 450, 200, 100, whole),
+        Problem("autoencoder", _autoencoder, bernoulli, False, 1797, 450, 500, 250, deep),
+        Problem("cnn", _cnn, categorical, True, 1797, 450, 200, 100, small),
         # too small to measure anything, for tests
-        Problem("tiny", _tiny, categorical, True, 100, 50, 20, 10, whole),
+        Problem("tiny", _tiny, categorical, True, 100, 50, 20, 10, small),
     )
     return {problem.name: problem for problem in found}
 

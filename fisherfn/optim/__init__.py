@@ -4,6 +4,7 @@ from fisherfn.optim.damping import Jeffreys, LevenbergMarquardt, jeffreys, leven
 from fisherfn.optim.inverse import Inverse, invert
 from fisherfn.optim.natural_gradient import NaturalGradientState, natural_gradient
 from fisherfn.optim.scale_by_fisher import ScaleByFisherState, scale_by_fisher
+from fisherfn.optim.sharding import sharded_inverse
 from fisherfn.optim.stream import CurvatureState
 from fisherfn.optim.transform import GradientTransform, apply_updates, chain
 
@@ -22,4 +23,5 @@ __all__ = [
     "levenberg_marquardt",
     "natural_gradient",
     "scale_by_fisher",
+    "sharded_inverse",
 ]

@@ -184,19 +184,22 @@ class _Rule:
         shift: Any,
     ) -> tuple[Tree, Any]:
         """Return the step that minimises the model over its length (and along the last step)."""
-        directions = [trees.scale(direction, -1.0)]
+        # one vector each, in the order of the parameters of the curvature
+        first, unravel = trees.ravel(direction)
+        vectors = [-first]
         if state.velocity is not None:
-            directions.append(state.velocity)
+            last = trees.map(lambda _, x: x, direction, state.velocity)
+            vectors.append(trees.ravel(last)[0].to(first.dtype))
+        stacked = torch.stack(vectors)
+        g = trees.ravel(trees.map(lambda _, x: x, direction, slope))[0].to(first.dtype)
         caller, estimator = f"{self.stream.caller}.update", self.stream.estimator
+        directions = [unravel(v) for v in vectors]
         exact = quadratic.products(caller, estimator, params, buffers, batch, directions)
-        matrix = exact + shift * quadratic.inner(directions, directions)
-        slopes = torch.stack([trees.dot(slope, u) for u in directions])
-        c = quadratic.minimum(matrix.double(), slopes.double())
-        step = trees.scale(directions[0], c[0])
-        if len(directions) > 1:
-            step = trees.axpy(c[1], directions[1], step)
-        step = trees.map(lambda x, g: x.to(g.dtype), step, slope)
-        return step, 0.5 * (c @ slopes.double())
+        matrix = exact.double() + shift * (stacked @ stacked.mT).double()
+        slopes = (stacked @ g).double()
+        c = quadratic.minimum(matrix, slopes)
+        step = unravel(c.to(first.dtype) @ stacked)
+        return trees.map(lambda g, x: x.to(g.dtype), slope, step), 0.5 * (c @ slopes)
 
     def _adapt(
         self,
