@@ -11,7 +11,7 @@ from torch import Tensor
 from fisherfn.core.errors import OptionError, UnsupportedError
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
-from fisherfn.linalg.probes import check_probes, draw
+from fisherfn.linalg.probes import Probes, check_probes
 from fisherfn.linalg.results import Estimate
 from fisherfn.linalg.space import Operator, Space, check_count, check_key
 
@@ -74,10 +74,11 @@ def hutchinson(
     check_probes("hutchinson", probes, density)
     stop = stopper("hutchinson", target_stderr, relative)
     values: list[Tensor] = []
+    vectors = Probes(space, key, num_matvecs, probes, density)
     done = 0
     while done < num_matvecs:
         upto = min(num_matvecs, done + chunk_size)
-        v = draw(space, key, done, upto, probes, density)
+        v = vectors.take(done, upto)
         values.append(space.dots(v, space.apply(mv, v, chunk_size)))
         done = upto
         if stop is not None and done >= FEWEST and stop(*summary(torch.cat(values))):

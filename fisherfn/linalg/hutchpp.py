@@ -8,7 +8,7 @@ from torch import Tensor
 from fisherfn.core import random
 from fisherfn.core.trees import Tree
 from fisherfn.linalg.hutchinson import FEWEST, at_least_rounding, check_sampling, stopper, summary
-from fisherfn.linalg.probes import check_probes, draw
+from fisherfn.linalg.probes import Probes, check_probes
 from fisherfn.linalg.results import Estimate
 from fisherfn.linalg.sketch import Sketch
 from fisherfn.linalg.space import Operator, Space, rows
@@ -85,9 +85,10 @@ def hutchpp(
     inside = ritz.sum()
     values: list[Tensor] = []
     done, most = 0, num_matvecs - 2 * (num_matvecs // 3)
+    vectors = Probes(space, second, most, probes, density)
     while done < most:
         upto = min(most, done + chunk_size)
-        v, _ = sketch.basis.reject(draw(space, second, done, upto, probes, density))
+        v, _ = sketch.basis.reject(vectors.take(done, upto))
         values.append(space.dots(v, space.apply(mv, v, chunk_size)))
         done = upto
         if stop is not None and done >= FEWEST:

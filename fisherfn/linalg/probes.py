@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fisherfn.core import random
 from fisherfn.core.errors import OptionError
-from fisherfn.linalg.space import Block, Space
+from fisherfn.core.modes import compiling
+from fisherfn.linalg.space import Block, Space, rows
 
 PROBES = ("rademacher", "gaussian", "sphere")
 
@@ -33,6 +34,24 @@ def check_probes(caller: str, probes: Any, density: Any) -> None:
             f"{caller}: expected density=1 for probes='sphere', got {density}. Sparse vectors are "
             "not uniform on a sphere; use 'rademacher' or 'gaussian'."
         )
+
+
+class Probes:
+    """The probes of a key, in order; in a compiled graph all are drawn at once."""
+
+    def __init__(
+        self, space: Space, key: Tensor, count: int, probes: str, density: float = 1.0
+    ) -> None:
+        """Prepare to draw up to `count` of them."""
+        self._options = space, key, probes, density
+        self._all = draw(space, key, 0, count, probes, density) if compiling() else None
+
+    def take(self, start: int, stop: int) -> Block:
+        """Return those with numbers `start` to `stop`."""
+        if self._all is not None:
+            return rows(self._all, start, stop)
+        space, key, probes, density = self._options
+        return draw(space, key, start, stop, probes, density)
 
 
 def draw(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.modes import transformed
-from fisherfn.linalg.probes import draw
+from fisherfn.linalg.probes import Probes
 from fisherfn.linalg.space import Basis, Block, Operator, Space, choose, rows
 
 
@@ -35,6 +35,7 @@ class Sketch:
 
     def __post_init__(self) -> None:
         """Start without a test vector."""
+        self._probes = Probes(self.space, self.key, self.capacity, self.probes, self.density)
         self.basis: Basis | None = None
         self.omega: Basis | None = None
         self.r = torch.zeros(0, 0, dtype=self.space.small, device=self.space.device)
@@ -49,7 +50,7 @@ class Sketch:
         space = self.space
         while self.count < upto:
             stop = min(upto, self.count + self.chunk_size)
-            v = draw(space, self.key, self.count, stop, self.probes, self.density)
+            v = self._probes.take(self.count, stop)
             y = space.apply(self.mv, v, self.chunk_size)
             if self.basis is None or self.omega is None:
                 private = not any(part.requires_grad for part in y)

@@ -15,7 +15,7 @@ from fisherfn.core.errors import OptionError
 from fisherfn.core.modes import transformed
 from fisherfn.core.trees import Tree
 from fisherfn.linalg.hutchinson import summary
-from fisherfn.linalg.probes import check_probes, draw
+from fisherfn.linalg.probes import Probes, check_probes
 from fisherfn.linalg.results import Estimate
 from fisherfn.linalg.space import Basis, Block, Operator, Space, check_count, check_key, choose
 
@@ -145,8 +145,9 @@ def density(
             "So many steps find all eigenvalues."
         )
     nodes, weights = [], []
+    vectors = Probes(space, key, num_probes, probes)
     for i in range(num_probes):
-        theta, weight = _quadrature(space, mv, draw(space, key, i, i + 1, probes), num_steps)
+        theta, weight = _quadrature(space, mv, vectors.take(i, i + 1), num_steps)
         nodes.append(theta)
         weights.append(weight)
     size = torch.tensor(float(space.size), dtype=space.dtype, device=space.device)

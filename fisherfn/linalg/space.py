@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, ShapeError, TreeMismatchError, UnsupportedError
-from fisherfn.core.modes import transformed
+from fisherfn.core.modes import compiling, transformed
 from fisherfn.core.trees import Tree
 
 Block: TypeAlias = list[Tensor]
@@ -51,6 +51,7 @@ class Space:
                     f"at '{path}'. Leave it out: it is no direction to move in."
                 )
         self.caller, self.like, self.leaves = caller, like, leaves
+        self._checked = False
         self.size = sum([leaf.numel() for leaf in leaves])
         if self.size == 0:
             raise ShapeError(
@@ -81,8 +82,11 @@ class Space:
 
     def block(self, tree: Tree, *, lead: bool = False) -> Block:
         """Return a tree as a block of one vector, or one with leading axes as a block of several."""
+        return self._wide(self.structure.flatten_up_to(tree), lead)
+
+    def _wide(self, leaves: list[Any], lead: bool) -> Block:
         found = []
-        for leaf, dtype, like in zip(trees.leaves(tree), self.dtypes, self.leaves, strict=True):
+        for leaf, dtype, like in zip(leaves, self.dtypes, self.leaves, strict=True):
             n = leaf.shape[0] if lead else 1
             found.append(leaf.to(like.device, dtype).reshape(n, -1))
         return found
@@ -97,8 +101,11 @@ class Space:
 
     def tree(self, block: Block, index: int = 0, *, own: bool = False) -> Tree:
         """Return one vector of a block as a tree."""
-        part = [rows[index : index + 1] for rows in block]
-        return trees.map(lambda leaf: leaf[0], self.stacked(part, own=own))
+        found = []
+        for rows, leaf in zip(block, self.leaves, strict=True):
+            shaped = rows[index].reshape(leaf.shape)
+            found.append(shaped.to(leaf.dtype) if own else shaped)
+        return trees.unflatten(self.structure, found)
 
     # ---- products --------------------------------------------------------------------------------
 
@@ -106,7 +113,10 @@ class Space:
         """Return the operator's products with all vectors of a block."""
         count, parts = block[0].shape[0], []
         if chunk_size == 1:
-            parts = [self.block(self._checked(mv(self.tree(block, i, own=True)))) for i in range(count)]
+            for i in range(count):
+                found = mv(self.tree(block, i, own=True))
+                self._check(found)
+                parts.append(self.block(found))
         else:
             for start in range(0, count, chunk_size):
                 part = [rows[start : start + chunk_size] for rows in block]
@@ -118,15 +128,23 @@ class Space:
     def _many(self, mv: Operator, vectors: Tree) -> Tree:
         """Return the products with stacked vectors; operators may have a way of their own."""
         block = getattr(mv, "block", None)
-        if block is None:
-            return torch.vmap(lambda v: self._checked(mv(v)))(vectors)
-        found = block(vectors)
-        trees.check_like(self.caller, "mv.block(v)", found, vectors, like_name="v")
-        return trees.map(lambda _, leaf: leaf, self.like, found)
+        if block is not None:
+            found = block(vectors)
+            trees.check_like(self.caller, "mv.block(v)", found, vectors, like_name="v")
+            return found
 
-    def _checked(self, found: Any) -> Any:
+        def one(v: Tree) -> Tree:
+            found = mv(v)
+            self._check(found)
+            return found
+
+        return torch.vmap(one)(vectors)
+
+    def _check(self, found: Any) -> None:
+        if self._checked and compiling():
+            return  # the same code again, and looking takes Dynamo a while
         trees.check_like(self.caller, "mv(v)", found, self.like, like_name="v")
-        return trees.map(lambda _, leaf: leaf, self.like, found)  # in the order of our own keys
+        self._checked = True
 
     def gram(self, a: Block, b: Block) -> Tensor:
         """Return the inner products `[n, m]` of all pairs of vectors."""

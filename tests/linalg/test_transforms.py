@@ -25,10 +25,10 @@ def run(name: str, matrix: Tensor) -> Any:
 
     like = tree(torch.zeros(12, dtype=matrix.dtype))
     if name == "cg":
-        return ff.linalg.cg(mv, tree(RIGHT), max_steps=20, tolerance=1e-9, damping=0.3)
+        return ff.linalg.cg(mv, tree(RIGHT), max_steps=8, tolerance=1e-2, damping=0.3)
     if name == "slq":
-        return ff.linalg.slq(mv, like, num_probes=3, num_steps=6, key=KEY)
-    return getattr(ff.linalg, name)(mv, like, num_matvecs=12, key=KEY)
+        return ff.linalg.slq(mv, like, num_probes=2, num_steps=4, key=KEY)
+    return getattr(ff.linalg, name)(mv, like, num_matvecs=6, key=KEY)
 
 
 FIXED = ("hutchinson", "hutchpp", "xtrace", "xdiag", "slq", "cg")
@@ -39,7 +39,10 @@ def assert_equal(got: Any, want: Any, rtol: float = 1e-8) -> None:
         torch.testing.assert_close(a, b, rtol=rtol, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", FIXED)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[] if n in ("hutchinson", "xdiag") else pytest.mark.slow) for n in FIXED],
+)
 def test_compiled_is_eager(name: str) -> None:
     torch._dynamo.reset()
     fast = torch.compile(lambda m: run(name, m), fullgraph=True, backend="aot_eager")
