@@ -98,6 +98,9 @@ class EKFAC(Kronecker):
     def _summary(self) -> str:
         return f"{super()._summary()}, basis={self.basis!r}"
 
+    def _given(self) -> tuple[str, ...]:
+        return ("output_basis", "input_basis") if self.basis == "given" else ()
+
     def _check_blocks(self, caller: str) -> None:
         self._check_names(caller, "scales", self.scales)
         self._check_names(caller, "a basis of outputs", self.output_basis)

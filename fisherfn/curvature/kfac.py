@@ -10,8 +10,7 @@ so that the block is (Σ w A)(Σ w G) / (N R). Martens & Grosse (2015), Optimizi
 with Kronecker-factored approximate curvature, section 3; Eschenhagen et al. (2023),
 Kronecker-factored approximate curvature for modern neural network architectures, section 3.
 
-F + λI has no Kronecker form, but it is diagonal in the Kronecker eigenbasis, where everything that
-involves damping is computed (`eigh`).
+F + λI has no Kronecker form, but it is diagonal in the Kronecker eigenbasis (`eigh`).
 """
 
 from __future__ import annotations
@@ -30,6 +29,7 @@ from fisherfn.curvature import kronecker_spectra as spectra
 from fisherfn.curvature.common import (
     Scalar,
     check_number,
+    norm,
     poison,
     require,
     scalar_like,
@@ -67,9 +67,8 @@ _STEPS = 4
 class KFAC(Kronecker):
     """Kronecker blocks: see `fisherfn.curvature.base` for the algebra and its conventions.
 
-    `c * F` multiplies the input factors. `F + G` exists where all factors of one side agree, as for
-    `c * F + d * F`; otherwise the sum of two Kronecker products is none, and it raises. `merge` is
-    the result on the joined data, whose sums of rows add.
+    `c * F` multiplies the input factors. `F + G` exists where all factors of one side agree, as in
+    `c * F + d * F`, and raises elsewhere. `merge` is the result on the joined data.
 
     Attributes:
         inputs: A for each block: [R or 1, I, I], or what `Block.input_form` says.
@@ -162,11 +161,15 @@ class KFAC(Kronecker):
         rest = self._rest_linear(a, other, b)
         return replace(self, inputs=inputs, outputs=outputs, rows=rows, rest=rest, count=count)
 
-    def eigh(self) -> EKFAC:
+    def eigh(self, *, thin: bool = True) -> EKFAC:
         """Return the same matrix in its Kronecker eigenbasis, to be used many times.
 
-        All questions about F + λI go through it; asked of the result, they cost products only. To
-        refresh the inverses every k steps, keep this value in the state for k steps.
+        Asked of the result, all questions about F + λI cost products only. To refresh the inverses
+        every k steps, keep this value for k steps.
+
+        Args:
+            thin: Leave out the eigenvectors of the eigenvalue zero where they are many, as for a
+                factor of fewer rows than its size. Where values are hidden, all are kept.
 
         Returns:
             An `EKFAC` with basis "factors". A factor that is not finite gives NaN, and an error
@@ -176,21 +179,22 @@ class KFAC(Kronecker):
         factors of one shape together, a shared factor once, and rows through their own number.
         """
         self._check("KFAC.eigh")
-        found = decomposed(self.blocks, self.outputs, self.inputs)
-        scales, outputs, inputs = {}, {}, {}
+        found = decomposed(self.blocks, self.outputs, self.inputs, thin)
+        scales, outputs, inputs, blocks = {}, {}, {}, []
         for b in self.blocks:
             left, right = found[b.name]
+            b = replace(b, output_form=left.form, input_form=right.form)
+            blocks.append(b)
             assert left.basis is not None
-            values = [padded(left.values, b.output_form), padded(right.values, b.input_form)]
+            values = [padded(left.values, left.form), padded(right.values, right.form)]
             product = values[0].unsqueeze(-1) * values[1].unsqueeze(-2)
-            # a factor that is not finite must not pass for a singular one
+            # what is not finite must not pass for singular
             scales[b.name] = torch.where(left.good & right.good, product, torch.nan)
             outputs[b.name] = left.basis
             if right.basis is not None:
                 inputs[b.name] = right.basis
-        static = {"fisher": self.fisher, "unit": self.unit}
-        tensors = scales, outputs, inputs, self.rest, self.count
-        return EKFAC(*tensors, self.layout, self.blocks, "factors", **static)
+        made = scales, outputs, inputs, self.rest, self.count, self.layout, tuple(blocks)
+        return EKFAC(*made, "factors", fisher=self.fisher, unit=self.unit)
 
     def _lower(
         self, caller: str, pairs: list[tuple[Scalar, Scalar]], damping: Scalar
@@ -256,15 +260,14 @@ class KFAC(Kronecker):
             v: Tree like the parameters.
             damping: λ.
             relative: λ is given in units of the mean eigenvalue of F.
-            factored: Divide instead by (G + √λ/π I) ⊗ (A + π√λ I), with π² the ratio of the mean
-                eigenvalues of A and G (Martens & Grosse 2015, section 6.3): Cholesky factors are
-                enough, but it is another matrix than F + λI.
+            factored: Divide by (G + √λ/π I) ⊗ (A + π√λ I) instead, another matrix, with π² the
+                ratio of the mean eigenvalues of A and G (Martens & Grosse 2015, section 6.3).
 
         Returns:
             Tree like `v`.
 
         Raises:
-            NotPositiveDefiniteError: F + λI is singular or not finite; the message names the block.
+            NotPositiveDefiniteError: F + λI is singular or not finite; it names the block.
 
         Cost: two Cholesky factorisations a block for λ = 0 or `factored`, otherwise `eigh`.
         """
@@ -336,11 +339,7 @@ class KFAC(Kronecker):
             left = norms_of(self.outputs[b.name], b.output_form)
             right = norms_of(self.inputs[b.name], b.input_form)
             parts.append(torch.linalg.vector_norm(left * right))
-        parts += [torch.linalg.vector_norm(x.double()) for x in self.rest.values()]
-        dtype = widest(self._tensors())
-        if not parts:
-            return torch.zeros((), device=self.count.device)
-        return torch.linalg.vector_norm(torch.stack(parts)).to(dtype)
+        return norm(parts + list(self.rest.values()), self.count).to(widest(self._tensors()))
 
     def logdet(self, *, damping: Scalar = 0.0, relative: bool = False) -> Tensor:
         """Return log det (F + λI), a 0-d tensor; see `solve` for `relative`."""

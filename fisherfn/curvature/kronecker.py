@@ -196,15 +196,33 @@ class Kronecker(Curvature):
         found: dict[str, Any] = {
             field: {texts[name]: x for name, x in getattr(self, field).items()}
             for field in self._by_block
+            if field not in self._given()
         }
         return {**found, "rest": self.rest, "count": self.count}
 
+    def _given(self) -> tuple[str, ...]:
+        """Return the fields that were not computed, but handed in."""
+        return ()
+
     @classmethod
-    def restored(cls, found: dict[str, Any], layout: Layout, *static: Any, **named: Any) -> Self:
-        """Return the result whose `stripped` is given, about parameters of this layout."""
+    def restored(
+        cls,
+        found: dict[str, Any],
+        layout: Layout,
+        *static: Any,
+        given: Mapping[str, dict[str, Tensor]] | None = None,
+        **named: Any,
+    ) -> Self:
+        """Return the result whose `stripped` is `found`; `given` has the fields that it lacks."""
+        given = given or {}
         blocks = tuple([block_from(text) for text in found[cls._by_block[0]]])
         names = dict(zip(found[cls._by_block[0]], [b.name for b in blocks], strict=True))
-        fields = [{names[text]: x for text, x in found[field].items()} for field in cls._by_block]
+        fields = [
+            {names[text]: x for text, x in found[field].items()}
+            if field in found
+            else {name: given[field][name] for name in names.values() if name in given[field]}
+            for field in cls._by_block
+        ]
         build: Any = cls
         return build(*fields, found["rest"], found["count"], layout, blocks, *static, **named)
 

@@ -204,7 +204,10 @@ def is_zero(damping: Scalar) -> bool:
 
 
 def decomposed(
-    blocks: Sequence[Block], outputs: Mapping[str, Tensor], inputs: Mapping[str, Tensor]
+    blocks: Sequence[Block],
+    outputs: Mapping[str, Tensor],
+    inputs: Mapping[str, Tensor],
+    thin: bool,
 ) -> dict[str, tuple[spectra.Eigen, spectra.Eigen]]:
     """Return the eigendecompositions of G and A for each block, of a shared factor once."""
     factors: list[Tensor] = []
@@ -220,4 +223,6 @@ def decomposed(
                 forms.append(form)
             index[b.name].append(same[0] if same else len(factors) - 1)
     found = spectra.decompose(factors, forms)
+    if thin:
+        found = [spectra.without_zeros(x) for x in found]
     return {name: (found[i], found[j]) for name, (i, j) in index.items()}

@@ -24,6 +24,8 @@ from fisherfn.curvature.common import Scalar, wide, working_dtype
 # Matrices up to this size are copied into one stack; beyond it a batched call gains nothing.
 _STACKED = 1024
 _GUARD = 100.0
+# Smaller bases are not worth cutting.
+_THIN = 64
 
 
 class Eigen(NamedTuple):
@@ -32,6 +34,7 @@ class Eigen(NamedTuple):
     values: Tensor  # [R, k], ascending; what is zero to rounding is zero
     basis: Tensor | None  # [R, n, k]; None: the coordinates themselves
     good: Tensor  # [], bool: the factor is finite
+    form: str  # "rows" if the basis has a complement, on which the factor is zero
 
 
 def decompose(factors: Sequence[Tensor], forms: Sequence[str]) -> list[Eigen]:
@@ -54,7 +57,7 @@ def decompose(factors: Sequence[Tensor], forms: Sequence[str]) -> list[Eigen]:
         x = wide(x)
         if form == "diagonal":
             good = torch.isfinite(x).all()
-            found[i] = Eigen(torch.where(good, x, torch.full_like(x, torch.nan)), None, good)
+            found[i] = Eigen(torch.where(good, x, torch.full_like(x, torch.nan)), None, good, form)
         elif form == "rows":
             found[i] = _thin(x)
         else:
@@ -66,7 +69,7 @@ def decompose(factors: Sequence[Tensor], forms: Sequence[str]) -> list[Eigen]:
         sizes = [x.shape[0] for x in parts]
         split = zip(values.split(sizes), vectors.split(sizes), good.split(sizes), strict=True)
         for i, (value, basis, fine) in zip(members, split, strict=True):
-            found[i] = Eigen(value, basis, fine.all())
+            found[i] = Eigen(value, basis, fine.all(), "matrix")
     return [x for x in found if x is not None]
 
 
@@ -123,7 +126,20 @@ def _thin(rows: Tensor) -> Eigen:
     q, r = torch.linalg.qr(safe.mT)
     values, turn, _ = _eigh(r @ r.mT)
     values = torch.where(good, values, torch.full_like(values, torch.nan))
-    return Eigen(values, q @ turn, good)
+    return Eigen(values, q @ turn, good, "rows")
+
+
+def without_zeros(x: Eigen) -> Eigen:
+    """Leave out eigenvectors of the eigenvalue zero where they are a quarter or more of all."""
+    n = x.values.shape[-1]
+    if x.form != "matrix" or x.basis is None or n < _THIN or not concrete(x.values, x.basis):
+        return x
+    if x.values.requires_grad or not bool(x.good & (x.values >= 0).all()):
+        return x
+    k = max(1, int((x.values > 0).sum(-1).max()))
+    if 4 * k > 3 * n:
+        return x
+    return Eigen(x.values[..., n - k :], x.basis[..., n - k :].contiguous(), x.good, "rows")
 
 
 class Lower(NamedTuple):

@@ -11,6 +11,7 @@ it takes a pass of its own once a basis is known.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -44,8 +45,7 @@ class Scales(KroneckerStatistic):
 
     def take_block(self, place: Place, form: Form) -> None:
         """Add the squares of one block, and of a bias beside it."""
-        b = place.block
-        self._check(b)
+        b = self._known_block(place.block)
         left, right = self.basis.output_basis[b.name], self.basis.input_basis.get(b.name)
         parts: list[Form] = list(form.outers()) if isinstance(form, Unfolded) else [form]
         for part in parts:
@@ -62,9 +62,9 @@ class Scales(KroneckerStatistic):
 
     def take_bias(self, place: Place, scores: Tensor) -> None:
         """Add the squares of a bias with a block of its own, [K, B, R, O]."""
-        b = self.separate(place)
-        assert b is not None
-        self._check(b)
+        beside = self.separate(place)
+        assert beside is not None
+        b = self._known_block(beside)
         left = self.basis.output_basis[b.name]
         columns = scores.flatten(0, 1).movedim(1, 0)
         inside = (columns @ left.to(columns.dtype)).square().sum(1)
@@ -75,19 +75,22 @@ class Scales(KroneckerStatistic):
         found = inside.unsqueeze(-1)
         self._scales[b.name] = accumulate(self._scales.get(b.name), found)
 
-    def _check(self, b: Block) -> None:
+    def _known_block(self, b: Block) -> Block:
+        """Return the basis' own description of a block, which says where it is thin."""
         known = self._known.get(b.name)
-        if known != b:
+        forms = {"output_form": b.output_form, "input_form": b.input_form}
+        if known is None or replace(known, **forms) != b:
             got = "none" if known is None else _shown(known)
             raise TreeMismatchError(
                 f"ekfac: expected a basis for a block {_shown(b)}{at(b.name)}, got {got}. Take it "
                 "from ff.kfac or ff.ekfac of the same model with the same options."
             )
+        return known
 
     def result(self, frame: Frame) -> EKFAC:
         """Return the scales, averaged over draws."""
         scale = 1.0 / self.settings.num_samples
-        blocks = self.blocks()
+        blocks = [self._known_block(b) for b in self.blocks()]
         extra = set(self._known) - {b.name for b in blocks}
         if extra:
             raise TreeMismatchError(
@@ -185,9 +188,7 @@ def ekfac(
     lik = resolve("ekfac", likelihood)
     source = "batch" if basis is None else "given"
 
-    def rebuild(found: Any, params: Any) -> EKFAC:
-        return EKFAC.restored(found, Layout.of(params), source, fisher=fisher, unit=unit)
-
+    static = {"fisher": fisher, "unit": unit}
     if basis is None:
         return Estimator(
             "ekfac",
@@ -196,7 +197,7 @@ def ekfac(
             {"basis": None, **options},
             labels,
             lambda: Factors(settings),
-            rebuild,
+            lambda found, params: EKFAC.restored(found, Layout.of(params), source, **static),
             lambda factors: _second(settings, factors),
         )
     if not isinstance(basis, KFAC | EKFAC):
@@ -205,6 +206,11 @@ def ekfac(
             f"{type(basis).__name__}. Take it from ff.kfac or ff.ekfac of the same model."
         )
     given = basis.eigh() if isinstance(basis, KFAC) else basis
+    bases = {"output_basis": given.output_basis, "input_basis": given.input_basis}
+
+    def rebuild(found: Any, params: Any) -> EKFAC:
+        return EKFAC.restored(found, Layout.of(params), source, given=bases, **static)
+
     return Estimator(
         "ekfac",
         model,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.errors import OptionError
-from fisherfn.core.modes import concrete
+from fisherfn.core.modes import concrete, transformed
 from fisherfn.curvature import KFAC, Layout
 from fisherfn.estimators import checks
 from fisherfn.estimators.estimator import Estimator
@@ -103,14 +103,17 @@ class Factors(KroneckerStatistic):
         """Return the factors, averaged."""
         scale = 1.0 / self.settings.num_samples
         blocks, inputs, outputs, rows = [], {}, {}, {}
+        averages: dict[int, Tensor] = {}
         finished: dict[Any, Tensor] = {}
         for place in self.ordered():
             b = place.block
             moments = self._inputs[b.name]
             # layers that read one tensor have one factor, which is decomposed once
+            if id(moments) not in averages:
+                averages[id(moments)] = _averaged(moments, b.input_form)
             known = (id(moments), place.factor, place.joint, b.groups)
             if known not in finished:
-                finished[known] = _finished(moments, place)
+                finished[known] = _finished(averages[id(moments)], place)
             A = finished[known]
             blocks.append(b)
             inputs[b.name], rows[b.name] = A, moments.rows.to(frame.total.dtype)
@@ -151,23 +154,25 @@ def _ones(leaf: Tensor) -> Tensor:
 
 def _plus(a: Moments, b: Moments, form: str) -> Moments:
     square = torch.cat([a.square, b.square], -2) if form == "rows" else a.square + b.square
-    mean = None if a.mean is None or b.mean is None else a.mean + b.mean
-    return Moments(square, mean, a.rows + b.rows)
+    return Moments(square, a.rows + b.rows)
 
 
-def _finished(moments: Moments, place: Place) -> Tensor:
-    """Return A: the average over rows, with the column of ones if there is a bias."""
+def _averaged(moments: Moments, form: str) -> Tensor:
+    """Return the average over rows; the sums are used up."""
+    many = moments.rows.to(moments.square.dtype)
+    scale = many.rsqrt() if form == "rows" else many.reciprocal()
+    own = not transformed() and not moments.square.requires_grad
+    return moments.square.mul_(scale) if own else moments.square * scale
+
+
+def _finished(A: Tensor, place: Place) -> Tensor:
+    """Return an average with the constant factor of the weight, once for each group."""
     c, b = place.factor, place.block
-    if b.input_form == "rows":
-        rows = moments.square / moments.rows.sqrt()
-        if c == 1:
-            return rows
-        return torch.cat([rows[..., :-1] * c, rows[..., -1:] * (1 if place.joint else c)], -1)
-    A = moments.square * (c * c / moments.rows)
-    if moments.mean is not None and place.joint:
-        mean = (moments.mean * (c / moments.rows)).unsqueeze(-1)
-        corner = (moments.rows / moments.rows).expand(A.shape[0], 1, 1)
-        A = torch.cat([torch.cat([A, mean], -1), torch.cat([mean.mT, corner], -1)], -2)
+    if c != 1:
+        factors = A.new_full((A.shape[-1],), c)
+        if place.joint:
+            factors = torch.cat([factors[:-1], torch.ones_like(factors[:1])])
+        A = A * (factors if b.input_form == "rows" else factors[:, None] * factors)
     if A.shape[0] not in (1, b.groups):
         A = A.repeat_interleave(b.groups // A.shape[0], 0)
     return A

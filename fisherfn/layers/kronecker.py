@@ -21,6 +21,7 @@ from fisherfn.layers.outer import Outer
 
 # Products of fewer columns are not split: starting one costs more than it saves.
 _SPLIT = 192
+_DEPTH = 2
 
 
 def gram(x: Tensor) -> Tensor:
@@ -34,13 +35,18 @@ def gram(x: Tensor) -> Tensor:
             [2., 4.]])
     """
     d = x.shape[1]
-    if d < 2 * _SPLIT or x.shape[0] < 64:
+    if not _splits(x):
         return x.T @ x
     if in_place_allowed():
         out = x.new_empty(d, d)
-        _gram_into(x, out, 2)
+        _gram_into(x, out, _DEPTH)
         return out
-    return _gram_parts(x, 2)
+    return _gram_parts(x, _DEPTH)
+
+
+def _splits(x: Tensor) -> bool:
+    """Return whether a product is worth splitting."""
+    return x.shape[1] >= 2 * _SPLIT and x.shape[0] >= 64
 
 
 def _gram_into(x: Tensor, out: Tensor, depth: int) -> None:
@@ -114,14 +120,12 @@ class Moments:
     """Sums over the rows of a layer's input.
 
     Attributes:
-        square: `Σ w a aᵀ`, [R, I, I]; counts [1, I] for a table; if so kept, rows √w a [R, n, I],
-            with √w as last column for a bias.
-        mean: `Σ w a`, [R, I], where a bias asks for it.
+        square: `Σ w a aᵀ`, [R, I, I], where a bias adds an input of one; counts [1, I] for a
+            table; if so kept, rows √w a [R, n, I].
         rows: `Σ w`, 0-d.
     """
 
     square: Tensor
-    mean: Tensor | None
     rows: Tensor
 
 
@@ -134,7 +138,7 @@ def input_moments(
         form: An `Outer`, `Unfolded` or `Lookup`.
         weights: How often rows count.
         reduce: Average the rows of an example first. The rows of a table never are.
-        bias: Also sum the inputs.
+        bias: Add an input of one.
         keep_rows: Return the rows in place of their product.
 
     Returns:
@@ -143,16 +147,15 @@ def input_moments(
     if isinstance(form, Lookup):
         return _counts(form, weights)
     if isinstance(form, Unfolded):
-        square, mean, rows = None, None, None
+        square, rows = None, None
         for part, (start, stop) in form.inputs():
             some = _part(weights, start, stop)
             found = _of_rows(*_rows(part, some, reduce), bias, keep_rows)
             square = _joined(square, found.square, keep_rows)
-            mean = found.mean if mean is None or found.mean is None else mean + found.mean
             rows = found.rows if rows is None else rows + found.rows
         assert square is not None
         assert rows is not None
-        return Moments(square, mean, rows)
+        return Moments(square, rows)
     assert isinstance(form, Outer)
     return _of_rows(*_rows(form.a, weights, reduce), bias, keep_rows)
 
@@ -189,20 +192,42 @@ def _rows(a: Tensor, weights: Weights, reduce: bool) -> tuple[Tensor, Tensor | N
 
 def _of_rows(rows: Tensor, w: Tensor | None, bias: bool, keep_rows: bool) -> Moments:
     if w is None:
-        many = torch.full((), float(rows.shape[1]), dtype=rows.dtype, device=rows.device)
-        if keep_rows:
-            one = torch.ones_like(rows[..., :1])
-            return Moments(torch.cat([rows, one], -1) if bias else rows, None, many)
-        return Moments(_stacked_gram(rows), rows.sum(1) if bias else None, many)
-    w = w.to(rows.dtype)
-    # where, not a product alone: what has no weight may have no finite value
-    rows = torch.where(w[:, None] > 0, rows, torch.zeros((), dtype=rows.dtype, device=rows.device))
-    root = w.sqrt()[:, None]
+        many = torch.full((), float(rows.shape[1]), dtype=_count_dtype(rows), device=rows.device)
+        root = None
+    else:
+        w = w.to(rows.dtype)
+        root, many = w.sqrt()[:, None], w.sum(dtype=_count_dtype(w))
+        # where, not a product alone: what has no weight may have no finite value
+        zero = torch.zeros((), dtype=rows.dtype, device=rows.device)
+        rows = torch.where(w[:, None] > 0, rows, zero) * root
     if keep_rows:
-        one = root.expand(rows.shape[0], -1, -1)
-        rows = rows * root
-        return Moments(torch.cat([rows, one], -1) if bias else rows, None, w.sum())
-    return Moments(_stacked_gram(rows * root), (w @ rows) if bias else None, w.sum())
+        return Moments(_with_one(rows, root) if bias else rows, many)
+    if not bias:
+        return Moments(_stacked_gram(rows), many)
+    if rows.shape[0] > 1 or not in_place_allowed() or not _splits(rows[0]):
+        return Moments(_stacked_gram(_with_one(rows, root)), many)
+    # the ones last, into one buffer: a copy of the rows, or of the product, costs as much
+    n = rows.shape[2]
+    out = rows.new_empty(n + 1, n + 1)
+    _gram_into(rows[0], out[:n, :n], _DEPTH)
+    torch.mv(rows[0].T, _ones(rows[0], root), out=out[n, :n])
+    out[:n, n].copy_(out[n, :n])
+    out[n, n].copy_(many)
+    return Moments(out.unsqueeze(0), many)
+
+
+def _ones(rows: Tensor, root: Tensor | None) -> Tensor:
+    return rows.new_ones(rows.shape[0]) if root is None else root[:, 0]
+
+
+def _with_one(rows: Tensor, root: Tensor | None) -> Tensor:
+    one = torch.ones_like(rows[..., :1]) if root is None else root.expand(rows.shape[0], -1, -1)
+    return torch.cat([rows, one], -1)
+
+
+def _count_dtype(like: Tensor) -> torch.dtype:
+    """Return the dtype of numbers of rows: float32 cannot count beyond 2²⁴."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def _counts(form: Lookup, weights: Weights) -> Moments:
@@ -215,7 +240,7 @@ def _counts(form: Lookup, weights: Weights) -> Moments:
     if form.padding is not None:
         w = torch.where(form.index == form.padding, torch.zeros_like(w), w)
     counts = w.new_zeros(form.rows).index_add(0, form.index.reshape(-1), w.reshape(-1))
-    return Moments(counts.unsqueeze(0), None, w.sum())
+    return Moments(counts.unsqueeze(0), w.sum(dtype=_count_dtype(w)))
 
 
 def output_moments(form: Form, *, reduce: bool, parts: int = 1, keep_rows: bool = False) -> Tensor:
@@ -293,14 +318,14 @@ def rotated_squares(
     if a.shape[1] > 1 and a.stride(1) == 0:
         a = a[:, :1]
     right = inputs.to(a.dtype)
-    turned_a = a @ (right[:, :-1] if bias else right)
+    turned_a = _turned(a, right[:, :-1] if bias else right)
     if factor != 1:
         turned_a = turned_a * factor
     if bias:
         turned_a = turned_a + right[:, -1:]
     if parts > 1:
         g = g.unflatten(-1, (parts, -1)).movedim(-2, 3).flatten(2, 3)
-    turned_g = g @ outputs.to(g.dtype)
+    turned_g = _turned(g, outputs.to(g.dtype))
     r = g.shape[2]
     if turned_a.shape[1] not in (1, r):
         turned_a = turned_a.repeat_interleave(r // turned_a.shape[1], 1)
@@ -314,25 +339,40 @@ def rotated_squares(
     return _with_rest(found, (turned_a, whole_a), (turned_g, g), thin)
 
 
+def _turned(x: Tensor, basis: Tensor) -> Tensor:
+    """Return the rows of [..., R, T, n] in a basis [R or 1, n, k]; one product for each group."""
+    if basis.shape[0] == 1:
+        return (x.reshape(-1, x.shape[-1]) @ basis[0]).reshape(*x.shape[:-1], -1)
+    groups = x.dim() - 3
+    rows = x.movedim(groups, 0)
+    found = rows.reshape(basis.shape[0], -1, x.shape[-1]) @ basis
+    return found.reshape(*rows.shape[:-1], -1).movedim(0, groups)
+
+
 def _with_rest(
     found: Tensor, a: tuple[Tensor, Tensor], g: tuple[Tensor, Tensor], thin: tuple[bool, bool]
 ) -> Tensor:
     """Append the mean squares beside thin bases; `a` and `g` are pairs: in the basis, and whole."""
     o = max(1, g[1].shape[-1] - g[0].shape[-1])
     i = max(1, a[1].shape[-1] - a[0].shape[-1])
+    # the difference of two sums is known to rounding errors of the first
+    eps = 4.0 * max(g[1].shape[-1], a[1].shape[-1]) * torch.finfo(found.dtype).eps
+
+    def mean(every: Tensor, inside: Tensor, many: int) -> Tensor:
+        rest = every - inside
+        return torch.where(rest > eps * every, rest / many, torch.zeros_like(rest))
+
     if thin[0]:
         # Σ_o (Σ_t g_to a_tj)² = a_jᵀ (g gᵀ) a_j
         gg = (g[1] @ g[1].mT).sum(0)
         every = ((gg @ a[0]) * a[0]).sum((0, 2))
-        rest = (every - found.sum(-2)) / o
-        found = torch.cat([found, rest.clamp_min(0.0).unsqueeze(-2)], -2)
+        found = torch.cat([found, mean(every, found.sum(-2), o).unsqueeze(-2)], -2)
     if thin[1]:
         aa = a[1] @ a[1].mT
         every = ((aa @ g[0]) * g[0]).sum((0, 1, 3))
         if thin[0]:
             gg = (g[1] @ g[1].mT).sum(0)
-            total = (gg * aa).sum((0, 2, 3)) - every.sum(-1)
-            every = torch.cat([every, (total / o).clamp_min(0.0).unsqueeze(-1)], -1)
-        rest = (every - found.sum(-1)) / i
-        found = torch.cat([found, rest.clamp_min(0.0).unsqueeze(-1)], -1)
+            beside = mean((gg * aa).sum((0, 2, 3)), every.sum(-1), o)
+            every = torch.cat([every, beside.unsqueeze(-1)], -1)
+        found = torch.cat([found, mean(every, found.sum(-1), i).unsqueeze(-1)], -1)
     return found
