@@ -53,8 +53,7 @@ class ColumnGram(Statistic):
         rows = LeafScores(tuple((_rows(f), v) for f, v in scores.uses), scores.shape)
         if self.num_samples > 1:
             like = rows.uses[0][0].sample()
-            share = torch.full((rows.batch,), self.num_samples**-0.5, device=like.device)
-            rows = rows.scaled(share.to(like.dtype))
+            rows = rows.scaled(like.new_full((rows.batch,), self.num_samples**-0.5))
         self._chunks.setdefault(leaf, []).append(rows)
 
     def result(self, frame: Frame) -> Tensor:

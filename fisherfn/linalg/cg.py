@@ -206,7 +206,10 @@ class _Solver:
             self.steps = self.steps + going
             size = space.norms(r)
             self.end(going & ~size.isfinite(), "not finite")
-            better, close = going & (size < best_size), going & (size <= self.tolerance * self.scale)
+            better, close = (
+                going & (size < best_size),
+                going & (size <= self.tolerance * self.scale),
+            )
             # Residuals may rise for long before they fall, but the energy falls in every step.
             gain = alpha * rho
             gained, since = gained + gain, torch.where(better, 0, since + going)

@@ -114,9 +114,7 @@ def check_sampling(
     check_key(caller, key)
 
 
-def stopper(
-    caller: str, target: Any, relative: bool
-) -> Callable[[Tensor, Tensor], bool] | None:
+def stopper(caller: str, target: Any, relative: bool) -> Callable[[Tensor, Tensor], bool] | None:
     """Return the function of value and standard error that says whether that is enough."""
     if target is None:
         return None

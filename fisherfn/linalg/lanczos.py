@@ -340,7 +340,9 @@ class _Iteration:
         residuals = residuals + torch.linalg.vector_norm(self.lost @ y, dim=0) + rounding
         vectors = space.combine(y[:, chosen].T, self.basis.vectors)
         missing = plan.wanted - len(chosen)
-        good = missing <= 0 and bool(theta.isfinite().all()) and self._all_good(theta, residuals, 1.0)
+        good = (
+            missing <= 0 and bool(theta.isfinite().all()) and self._all_good(theta, residuals, 1.0)
+        )
         return Eigenpairs(
             theta[chosen].to(space.dtype),
             space.stacked(vectors),

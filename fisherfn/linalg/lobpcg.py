@@ -30,9 +30,7 @@ class _Standin(TorchFunctionMode):
         super().__init__()
         self.matrix, self.product = matrix, product
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Call the operator instead of `torch.matmul(matrix, x)`."""
         if func is torch.matmul and args[0] is self.matrix:
             return self.product(args[1])

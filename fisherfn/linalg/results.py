@@ -97,9 +97,7 @@ def _average(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return first + second
 
 
-trees.register_dataclass_node(
-    Estimate, ("value", "stderr", "count"), ("fisher", "unit", "matvecs")
-)
+trees.register_dataclass_node(Estimate, ("value", "stderr", "count"), ("fisher", "unit", "matvecs"))
 
 
 #: What `Solution.status` says, by number.

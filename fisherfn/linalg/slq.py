@@ -151,9 +151,7 @@ def density(
         nodes.append(theta)
         weights.append(weight)
     size = torch.tensor(float(space.size), dtype=space.dtype, device=space.device)
-    return Density(
-        torch.stack(nodes).to(space.dtype), torch.stack(weights).to(space.dtype), size
-    )
+    return Density(torch.stack(nodes).to(space.dtype), torch.stack(weights).to(space.dtype), size)
 
 
 def _quadrature(space: Space, mv: Operator, v: Block, steps: int) -> tuple[Tensor, Tensor]:

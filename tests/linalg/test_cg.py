@@ -29,7 +29,9 @@ def inverse(known: Known, damping: float = DAMPING) -> Tensor:
     return torch.linalg.inv(known.matrix + damping * torch.eye(SIZE, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("damping", [DAMPING, torch.tensor(DAMPING, dtype=torch.float64)], ids=["float", "tensor"])
+@pytest.mark.parametrize(
+    "damping", [DAMPING, torch.tensor(DAMPING, dtype=torch.float64)], ids=["float", "tensor"]
+)
 def test_solution_is_the_dense_one(known: Known, damping: Any) -> None:
     b = vector()
     got = ff.linalg.cg(known.mv, tree(b), damping=damping, tolerance=1e-12)
@@ -146,9 +148,7 @@ def test_too_few_steps(known: Known) -> None:
 
 
 def test_preconditioner_has_to_be_positive(known: Known) -> None:
-    got = ff.linalg.cg(
-        known.mv, tree(vector()), preconditioner=lambda v: ff.tree.scale(v, -1.0)
-    )
+    got = ff.linalg.cg(known.mv, tree(vector()), preconditioner=lambda v: ff.tree.scale(v, -1.0))
     assert not got.converged
     assert got.reason == "the preconditioner is not positive definite"
 

@@ -137,9 +137,7 @@ def test_float32_vectors() -> None:
 
 def test_an_operator_that_gives_nan_gives_nan() -> None:
     known = rotated(SPECTRA["flat"])
-    found = ff.linalg.lanczos(
-        lambda v: ff.tree.scale(v, float("nan")), known.like, k=2, key=KEY
-    )
+    found = ff.linalg.lanczos(lambda v: ff.tree.scale(v, float("nan")), known.like, k=2, key=KEY)
     assert not found.converged
     assert found.eigenvalues.isnan().all()
 

@@ -174,7 +174,9 @@ def test_cg_options() -> None:
     refuse("cg: expected max_steps= to be an integer of at least 1", max_steps=0)
     refuse("cg: expected chunk_size= to be an integer of at least 1", chunk_size=0)
     refuse("cg: expected preconditioner= to be a function tree -> tree", preconditioner=1.0)
-    refuse("cg: expected leaves of b= with one leading axis", stacked=True, like={"w": torch.ones(())})
+    refuse(
+        "cg: expected leaves of b= with one leading axis", stacked=True, like={"w": torch.ones(())}
+    )
     refuse(
         "cg: expected leaves of b= with one leading axis",
         stacked=True,

@@ -113,16 +113,16 @@ def test_hutchinson_is_its_definition() -> None:
 
 @pytest.mark.parametrize("probes", PROBES)
 @pytest.mark.parametrize("method", TRACES)
-@pytest.mark.parametrize("name", ["rank three", "identity", "geometric", "double top", "indefinite"])
+@pytest.mark.parametrize(
+    "name", ["rank three", "identity", "geometric", "double top", "indefinite"]
+)
 def test_trace_is_unbiased_and_its_error_is_what_it_says(
     name: str, method: str, probes: str
 ) -> None:
     known, runs = rotated(SPECTRA[name]), 25
     truth = known.matrix.trace()
     found = [
-        TRACES[method](
-            known.mv, known.like, num_matvecs=12, key=ff.random.key(s), probes=probes
-        )
+        TRACES[method](known.mv, known.like, num_matvecs=12, key=ff.random.key(s), probes=probes)
         for s in range(runs)
     ]
     values = torch.stack([e.value for e in found])
@@ -150,9 +150,7 @@ def test_trace_of_low_rank_is_exact(name: str, method: str) -> None:
 def test_diagonal_of_low_rank_is_exact(name: str) -> None:
     known = rotated(SPECTRA[name])
     got = ff.linalg.xdiag(known.mv, known.like, num_matvecs=12, key=ff.random.key(0))
-    torch.testing.assert_close(
-        flat(got.value), known.matrix.diagonal(), rtol=1e-11, atol=1e-13
-    )
+    torch.testing.assert_close(flat(got.value), known.matrix.diagonal(), rtol=1e-11, atol=1e-13)
 
 
 def test_diagonal_is_unbiased() -> None:
@@ -225,9 +223,7 @@ def test_sparse_probes_are_sparse() -> None:
         seen.append(v)
         return v
 
-    ff.linalg.hutchinson(
-        mv, torch.zeros(1000), num_matvecs=3, key=ff.random.key(0), density=0.1
-    )
+    ff.linalg.hutchinson(mv, torch.zeros(1000), num_matvecs=3, key=ff.random.key(0), density=0.1)
     share = torch.stack(seen).ne(0).float().mean()
     assert 0.07 < share < 0.13
 
@@ -237,8 +233,14 @@ def test_sparse_probes_keep_every_estimator_unbiased(method: str) -> None:
     known, runs = rotated(SPECTRA["flat"]), 30
     run = getattr(ff.linalg, method)
     found = [
-        run(known.mv, known.like, num_matvecs=12, key=ff.random.key(s), density=0.5,
-            probes="rademacher")
+        run(
+            known.mv,
+            known.like,
+            num_matvecs=12,
+            key=ff.random.key(s),
+            density=0.5,
+            probes="rademacher",
+        )
         for s in range(runs)
     ]
     if method == "xdiag":
@@ -263,9 +265,7 @@ def test_target_stops_early(method: str) -> None:
     assert got.stderr <= target
     assert got.matvecs == len(known.calls) < 60
     share = target / float(got.value)
-    again = run(
-        known.mv, known.like, num_matvecs=60, key=key, target_stderr=share, relative=True
-    )
+    again = run(known.mv, known.like, num_matvecs=60, key=key, target_stderr=share, relative=True)
     assert again.stderr <= share * again.value
 
 

@@ -41,7 +41,10 @@ def assert_equal(got: Any, want: Any, rtol: float = 1e-8) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[] if n in ("hutchinson", "xdiag") else pytest.mark.slow) for n in FIXED],
+    [
+        pytest.param(n, marks=[] if n in ("hutchinson", "xdiag") else pytest.mark.slow)
+        for n in FIXED
+    ],
 )
 def test_compiled_is_eager(name: str) -> None:
     torch._dynamo.reset()
