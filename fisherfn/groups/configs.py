@@ -93,12 +93,8 @@ _FAMILIES: dict[str, Mapping[str, Role]] = {
     "bert": _BERT,
     "t5": _T5,
 }
-_TABLES = {
-    name: tuple([(re.compile(rf"(?:^|\.)(?:{pattern})$"), role) for pattern, role in table.items()])
-    for name, table in _FAMILIES.items()
-}
 #: The architectures that have a table.
-MODEL_TYPES = tuple(_TABLES)
+MODEL_TYPES = tuple(_FAMILIES)
 
 
 @dataclass(frozen=True)
@@ -116,7 +112,7 @@ class Architecture:
             OptionError: The configuration does not say how many heads there are.
         """
         name = _get(config, "model_type")
-        if name not in _TABLES:
+        if name not in _FAMILIES:
             return None
         query = _get(config, "num_attention_heads", "n_head", "num_heads")
         hidden = _get(config, "hidden_size", "n_embd", "d_model")
@@ -131,8 +127,8 @@ class Architecture:
 
     def role(self, path: str) -> Role | None:
         """Return what a parameter is, None if the table does not know it."""
-        for pattern, role in _TABLES[self.name]:
-            if pattern.search(path):
+        for pattern, role in _FAMILIES[self.name].items():
+            if re.search(rf"(?:^|\.)(?:{pattern})$", path):
                 return role
         return None
 

@@ -41,38 +41,36 @@ _KEY = "(?:k_proj|key|k|k_lin)"
 _VALUE = "(?:v_proj|value|v|v_lin)"
 _OUT = "(?:o_proj|out_proj|o|out_lin|c_proj|dense)"
 _PACKED = "(?:qkv_proj|c_attn|query_key_value|Wqkv|qkv)"
-COMPONENTS = tuple(
-    (re.compile(pattern), component)
-    for pattern, component in (
-        (rf"{_SELF}\.{_QUERY}", "q_proj"),
-        (rf"{_SELF}\.{_KEY}", "k_proj"),
-        (rf"{_SELF}\.{_VALUE}", "v_proj"),
-        (rf"{_SELF}\.{_PACKED}", "qkv_proj"),
-        (rf"{_SELF}\.{_OUT}|attention\.output\.dense", "o_proj"),
-        (rf"{_CROSS}\.{_QUERY}|crossattention\.q_attn", "cross_attention.q_proj"),
-        (rf"{_CROSS}\.{_KEY}", "cross_attention.k_proj"),
-        (rf"{_CROSS}\.{_VALUE}", "cross_attention.v_proj"),
-        (rf"{_CROSS}\.{_OUT}|crossattention\.output\.dense", "cross_attention.o_proj"),
-        (rf"{_MLP}\.(?:gate_proj|wi_0|w1)", "mlp.gate_proj"),
-        (rf"{_MLP}\.(?:up_proj|wi_1|w3)", "mlp.up_proj"),
-        (rf"{_MLP}\.(?:down_proj|w2)", "mlp.down_proj"),
-        (
-            rf"(?:{_MLP}\.)?(?:fc1|lin1|c_fc|fc_in|wi|dense_h_to_4h)|intermediate\.dense",
-            "mlp.fc1",
-        ),
-        (
-            rf"(?:{_MLP}\.)?(?:fc2|lin2|fc_out|wo|dense_4h_to_h)|mlp\.c_proj|output\.dense",
-            "mlp.fc2",
-        ),
-        (r"input_layernorm|ln_1|layer\.0\.layer_norm", "input_layernorm"),
-        (
-            r"post_attention_layernorm|ln_2|attention\.output\.LayerNorm|layer\.2\.layer_norm",
-            "post_attention_layernorm",
-        ),
-        (r"ln_cross_attn|crossattention\.output\.LayerNorm", "cross_attention.layernorm"),
-        (r"output\.LayerNorm", "post_mlp_layernorm"),
-        (rf"{_SELF}\.relative_attention_bias", "relative_attention_bias"),
-    )
+# (pattern, component); compiled where they are first used, not when the library is imported
+COMPONENTS = (
+    (rf"{_SELF}\.{_QUERY}", "q_proj"),
+    (rf"{_SELF}\.{_KEY}", "k_proj"),
+    (rf"{_SELF}\.{_VALUE}", "v_proj"),
+    (rf"{_SELF}\.{_PACKED}", "qkv_proj"),
+    (rf"{_SELF}\.{_OUT}|attention\.output\.dense", "o_proj"),
+    (rf"{_CROSS}\.{_QUERY}|crossattention\.q_attn", "cross_attention.q_proj"),
+    (rf"{_CROSS}\.{_KEY}", "cross_attention.k_proj"),
+    (rf"{_CROSS}\.{_VALUE}", "cross_attention.v_proj"),
+    (rf"{_CROSS}\.{_OUT}|crossattention\.output\.dense", "cross_attention.o_proj"),
+    (rf"{_MLP}\.(?:gate_proj|wi_0|w1)", "mlp.gate_proj"),
+    (rf"{_MLP}\.(?:up_proj|wi_1|w3)", "mlp.up_proj"),
+    (rf"{_MLP}\.(?:down_proj|w2)", "mlp.down_proj"),
+    (
+        rf"(?:{_MLP}\.)?(?:fc1|lin1|c_fc|fc_in|wi|dense_h_to_4h)|intermediate\.dense",
+        "mlp.fc1",
+    ),
+    (
+        rf"(?:{_MLP}\.)?(?:fc2|lin2|fc_out|wo|dense_4h_to_h)|mlp\.c_proj|output\.dense",
+        "mlp.fc2",
+    ),
+    (r"input_layernorm|ln_1|layer\.0\.layer_norm", "input_layernorm"),
+    (
+        r"post_attention_layernorm|ln_2|attention\.output\.LayerNorm|layer\.2\.layer_norm",
+        "post_attention_layernorm",
+    ),
+    (r"ln_cross_attn|crossattention\.output\.LayerNorm", "cross_attention.layernorm"),
+    (r"output\.LayerNorm", "post_mlp_layernorm"),
+    (rf"{_SELF}\.relative_attention_bias", "relative_attention_bias"),
 )
 
 
@@ -119,7 +117,7 @@ def component(rest: str, *, decoder: bool = False) -> str:
     if rest == "layer.1.layer_norm":
         return "cross_attention.layernorm" if decoder else "post_attention_layernorm"
     for pattern, name in COMPONENTS:
-        if pattern.fullmatch(rest):
+        if re.fullmatch(pattern, rest):
             return name
     return rest
 

@@ -130,6 +130,10 @@ class GroupSpec:
                 "group once."
             )
 
+    def __hash__(self) -> int:
+        """Hash what tells most specs apart; an order may be as long as the parameter."""
+        return hash((self.kind, self.shape, self.axis, self.num_groups, self.run, self.into))
+
     @property
     def base_groups(self) -> int:
         """Number of base groups, before `order`."""

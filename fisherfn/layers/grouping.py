@@ -75,6 +75,8 @@ def multiplications(scores: LeafScores, spec: GroupSpec) -> int:
 
 
 def _one_use(form: Form, view: View, spec: GroupSpec) -> Tensor:
+    if not view and spec.layout == "elements":
+        return spec.fold(form.square_sum())
     found = grouping(spec, view, form.shape)
     values = _sums(form, found.kind)
     if values is None:
