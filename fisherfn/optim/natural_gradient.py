@@ -18,7 +18,7 @@ from fisherfn.core import trees
 from fisherfn.core.errors import OptionError
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
-from fisherfn.curvature.common import is_number
+from fisherfn.curvature.common import is_number, working_dtype
 from fisherfn.optim import damping as rules
 from fisherfn.optim import inverse as inverses
 from fisherfn.optim import quadratic
@@ -145,7 +145,7 @@ class _Rule:
     def _kept(self, damping: Any, state: NaturalGradientState) -> Tensor:
         """Return the λ of a step as the state keeps it."""
         if isinstance(damping, Tensor):
-            return damping.detach().to(torch.float64)
+            return damping.detach().to(working_dtype(damping))
         return torch.full_like(state.damping, damping)
 
     def _usual(
@@ -195,8 +195,9 @@ class _Rule:
         caller, estimator = f"{self.stream.caller}.update", self.stream.estimator
         directions = [unravel(v) for v in vectors]
         exact = quadratic.products(caller, estimator, params, buffers, batch, directions)
-        matrix = exact.double() + shift * (stacked @ stacked.mT).double()
-        slopes = (stacked @ g).double()
+        wide = working_dtype(first)
+        matrix = exact.to(wide) + shift * (stacked @ stacked.mT).to(wide)
+        slopes = (stacked @ g).to(wide)
         c = quadratic.minimum(matrix, slopes)
         step = unravel(c.to(first.dtype) @ stacked)
         return trees.map(lambda g, x: x.to(g.dtype), slope, step), 0.5 * (c @ slopes)
