@@ -17,6 +17,7 @@ from fisherfn import likelihoods as likelihoods
 from fisherfn import linalg as linalg
 from fisherfn import optim as optim
 from fisherfn import states as states
+from fisherfn import tasks as tasks
 from fisherfn.batch import Batch as Batch
 from fisherfn.batch import causal_batch as causal_batch
 from fisherfn.capture.public import Capture as Capture

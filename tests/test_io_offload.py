@@ -86,8 +86,7 @@ def test_any_values_come_back_finite_or_as_they_were(values: list[float], dtype:
     x = torch.tensor(values, dtype=torch.float32)
     back = io.fetch(io.offload([x], dtype))[0]
     finite = x.isfinite()
-    if finite.all():
-        assert back.isfinite().all() or dtype == "bfloat16"  # 3.4e38 rounds up to infinity
+    assert back[finite & (x.abs() < 3.3e38)].isfinite().all()  # 3.4e38 rounds up to infinity
     assert torch.equal(back[x.isnan()].isnan(), torch.ones(int(x.isnan().sum())).bool())
     if dtype == "float32":
         assert torch.equal(back.nan_to_num(), x.nan_to_num())
