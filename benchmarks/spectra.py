@@ -73,17 +73,18 @@ def measure(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
         truth, spread = ff.trace(model, lik)(*given)
     else:
         truth, spread = ff.trace(model, lik, fisher="mc", num_samples=50)(*given, key=key)
-    found["trace"] = {"truth": float(truth), "stderr of the truth": float(spread)}
+    traces: dict[str, Any] = {"truth": float(truth), "stderr of the truth": float(spread)}
     for method in ("hutchinson", "hutchpp", "xtrace"):
         estimator = ff.trace(model, lik, method=method, num_matvecs=PRODUCTS)
         value, stderr = estimator(*given, key=key)
-        found["trace"][method] = {
+        traces[method] = {
             "relative stderr": float(stderr / value),
             "relative error": float((value - truth) / truth),
             "products": PRODUCTS,
         }
     quick = ff.trace(model, lik, method="xtrace", target_stderr=0.01, relative=True)
-    found["trace"]["products of xtrace to 1%"] = quick(*given, key=key).matvecs
+    traces["products of xtrace to 1%"] = quick(*given, key=key).matvecs
+    found["trace"] = traces
     if pulls <= 100:
         found["spectrum"] = _spectrum(model, given, lik, key)
     found["gradients"] = _costs(workload, model, given, lik, key, asked.repeats, pulls)
@@ -111,10 +112,12 @@ def _costs(
 ) -> dict[str, float]:
     """Time the exact traces in gradients."""
     runs: dict[str, Callable[[], object]] = {"gradient": workload.gradient()}
-    runs["exact, empirical labels"] = lambda e=ff.trace(model, lik, fisher="empirical"): e(*given)
-    runs["exact, mc labels"] = lambda e=ff.trace(model, lik, fisher="mc"): e(*given, key=key)
+    empirical, mc = [ff.trace(model, lik, fisher=labels) for labels in ("empirical", "mc")]
+    exact = ff.trace(model, lik)
+    runs["exact, empirical labels"] = lambda: empirical(*given)
+    runs["exact, mc labels"] = lambda: mc(*given, key=key)
     if pulls <= 100:
-        runs["exact, exact labels"] = lambda e=ff.trace(model, lik): e(*given)
+        runs["exact, exact labels"] = lambda: exact(*given)
     for run in runs.values():
         run()
     timings = interleaved(runs, workload.device, repeats)
@@ -196,7 +199,7 @@ def show(title: str, found: Any, indent: int = 0) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--problem", nargs="+", default=["mlp", "gpt"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)

@@ -110,10 +110,8 @@ def project(scores: LeafScores, vectors: Tensor) -> Tensor:
 
 def _project_outer(form: Outer, vectors: Tensor) -> Tensor:
     """Return gᵀ V a, summed over positions: one forward of the layer for each vector."""
-    found = []
     a, g = wide(form.a), wide(form.g)
-    for v in vectors.unbind(0):
-        found.append(((a @ v.transpose(-1, -2)) * g).sum((-1, -2, -3)))
+    found = [((a @ v.transpose(-1, -2)) * g).sum((-1, -2, -3)) for v in vectors.unbind(0)]
     return torch.stack(found, dim=-1)
 
 

@@ -1,8 +1,9 @@
 """Extreme eigenvalues: Lanczos with full reorthogonalisation and thick restarts.
 
 The basis V is orthonormal to rounding (every new vector is orthogonalised against all others,
-twice), so an eigenvalue never appears more often than it is one: there are no ghosts. With H = Vᵀ A V
-and the next vectors N, A V = V H + N C, and the residual of a Ritz pair (θ, V y) is ‖C y‖.
+twice), so an eigenvalue never appears more often than it is one: there are no ghosts. With
+H = Vᵀ A V and the next vectors N, A V = V H + N C, and the residual of a Ritz pair (θ, V y) is
+‖C y‖.
 
 - An invariant subspace (C = 0) is no failure: the next vector is then any one orthogonal to V, and
   the iteration ends once the subspace holds the pairs that are asked for.
@@ -126,7 +127,7 @@ class _Plan:
         return self.low + self.high
 
     def best(self, count: int, extra: int = 0) -> list[int]:
-        """Return which of `count` ascending Ritz values are wanted, and `extra` more beside them."""
+        """Return which of `count` ascending Ritz values are wanted, with `extra` others."""
         low = self.low + (extra * self.low) // self.wanted
         high = self.high + extra - (extra * self.low) // self.wanted
         if low + high >= count:
@@ -303,8 +304,13 @@ class _Iteration:
     def _orthonormal(self, block: Block, scale: Tensor) -> tuple[Block, Tensor]:
         """Orthonormalise vectors that are orthogonal to the basis; return the factor as well.
 
-        What is rounding beside `scale` counts as zero, and a random direction takes its place, as
-        long as there are directions left.
+        Args:
+            block: Vectors.
+            scale: What is rounding beside it counts as zero, and a random direction takes its
+                place, as long as there are directions left.
+
+        Returns:
+            Orthonormal vectors N, and R with `block = N R` up to what counted as zero.
         """
         space, count = self.space, block[0].shape[0]
         room = space.size - self.basis.count

@@ -100,7 +100,8 @@ def lobpcg(
     if len(kinds) > 1 or space.leaves[0].dtype not in (torch.float32, torch.float64):
         names = ", ".join(sorted(f"{dtype} on {device}" for dtype, device in kinds))
         raise UnsupportedError(
-            f"lobpcg: expected a tree in float32 or float64 on one device, got {names}. Use lanczos."
+            f"lobpcg: expected a tree in float32 or float64 on one device, got {names}. Use "
+            "lanczos."
         )
     sizes = [leaf.numel() for leaf in space.leaves]
     sign = 1.0 if which == "largest" else -1.0

@@ -81,7 +81,7 @@ class Space:
     # ---- to and from trees -----------------------------------------------------------------------
 
     def block(self, tree: Tree, *, lead: bool = False) -> Block:
-        """Return a tree as a block of one vector, or one with leading axes as a block of several."""
+        """Return a tree as a block of one vector; with a leading axis, of several."""
         return self._wide(self.structure.flatten_up_to(tree), lead)
 
     def _wide(self, leaves: list[Any], lead: bool) -> Block:
@@ -92,7 +92,7 @@ class Space:
         return found
 
     def stacked(self, block: Block, *, own: bool = False) -> Tree:
-        """Return a block as a tree with leaves `[n, *shape]`; in the leaves' own dtypes if asked."""
+        """Return a block as a tree with leaves `[n, *shape]`, in their own dtypes if asked."""
         found = []
         for rows, leaf in zip(block, self.leaves, strict=True):
             shaped = rows.reshape(rows.shape[0], *leaf.shape)
@@ -194,7 +194,7 @@ def rows(a: Block, start: int, stop: int) -> Block:
 
 
 def choose(condition: Tensor, a: Block, b: Block) -> Block:
-    """Return, vector by vector, that of `a` where the condition `[n]` holds and that of `b` elsewhere."""
+    """Return the vectors of `a` where the condition `[n]` holds, and those of `b` elsewhere."""
     pairs = zip(a, b, strict=True)
     return [torch.where(condition.to(x.device).unsqueeze(-1), x, y) for x, y in pairs]
 
@@ -273,7 +273,8 @@ def check_count(caller: str, name: str, value: Any, low: int, advice: str) -> in
     """Return an option, or raise unless it is an integer of at least `low`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise OptionError(
-            f"{caller}: expected {name}= to be an integer of at least {low}, got {value!r}. {advice}"
+            f"{caller}: expected {name}= to be an integer of at least {low}, got {value!r}. "
+            f"{advice}"
         )
     return value
 

@@ -18,6 +18,7 @@ TRACES = {
     "hutchpp": ff.linalg.hutchpp,
     "xtrace": ff.linalg.xtrace,
 }
+TYPICAL = ("rank three", "identity", "geometric", "double top", "indefinite")
 # Of the estimators that leave one out: their single estimates are not quite independent.
 SLACK = 1.6
 
@@ -113,9 +114,7 @@ def test_hutchinson_is_its_definition() -> None:
 
 @pytest.mark.parametrize("probes", PROBES)
 @pytest.mark.parametrize("method", TRACES)
-@pytest.mark.parametrize(
-    "name", ["rank three", "identity", "geometric", "double top", "indefinite"]
-)
+@pytest.mark.parametrize("name", TYPICAL)
 def test_trace_is_unbiased_and_its_error_is_what_it_says(
     name: str, method: str, probes: str
 ) -> None:
