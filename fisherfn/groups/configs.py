@@ -9,6 +9,9 @@ understood, whatever its names look like. The tables are written from the models
 - GPT-2: every projection is a `Conv1D`, whose weight is `[in, out]`; `c_attn` is q, k, v in this
   order, or k, v in cross-attention.
 - BERT: query, key, value and `attention.output.dense` are linear layers.
+- Phi-3: `qkv_proj` is q, k, v in this order, with fewer heads of k and v; RoBERTa: as BERT.
+- GPT-NeoX (Pythia): `query_key_value` is, head by head, q, k, v.
+- OPT: q, k, v and out projections are linear layers.
 - T5: q, k, v, o have `num_heads` heads of `d_kv` entries; the relative position bias
   `[buckets, heads]` has a column a head.
 """
@@ -29,8 +32,9 @@ from fisherfn.groups.spec import GroupSpec, channels, rows
 class Role:
     """What a parameter is in an architecture.
 
-    `owner` says whose heads it has: "query", "key", "fused" (q, k, v), "kv" (k, v fused), "column"
-    (one entry a head); "channel" and "row" are no heads.
+    `owner` says whose heads it has: "query", "key", "fused" (q, k, v), "kv" (k, v fused),
+    "interleaved" (q, k, v of each head), "column" (one entry a head); "channel" and "row" are no
+    heads.
     """
 
     owner: str
@@ -72,6 +76,33 @@ _BERT = {
         "channel"
     ),
 }
+_ROBERTA = {
+    **_BERT,
+    r"lm_head\.(?:dense|decoder)\.weight": Role("channel"),
+    r"classifier\.(?:dense|out_proj)\.weight": Role("channel"),
+}
+_PHI3 = {
+    r"self_attn\.qkv_proj\.weight": Role("fused"),
+    r"self_attn\.o_proj\.weight": Role("query", 1),
+    r"mlp\.(?:gate_up|down)_proj\.weight": Role("channel"),
+    r"embed_tokens\.weight": Role("row"),
+    r"(?:lm_head|score)\.weight": Role("channel"),
+}
+_GPT_NEOX = {
+    r"attention\.query_key_value\.weight": Role("interleaved"),
+    r"attention\.dense\.weight": Role("query", 1),
+    r"mlp\.dense_(?:h_to_4h|4h_to_h)\.weight": Role("channel"),
+    r"embed_in\.weight": Role("row"),
+    r"(?:embed_out|lm_head|score|classifier|qa_outputs)\.weight": Role("channel"),
+}
+_OPT = {
+    r"self_attn\.[qkv]_proj\.weight": Role("query"),
+    r"self_attn\.out_proj\.weight": Role("query", 1),
+    r"layers\.\d+\.fc[12]\.weight": Role("channel"),
+    r"project_(?:in|out)\.weight": Role("channel"),
+    r"embed_(?:tokens|positions)\.weight": Role("row"),
+    r"(?:lm_head|score|qa_outputs)\.weight": Role("channel"),
+}
 _T5 = {
     r"(?:SelfAttention|EncDecAttention)\.[qkv]\.weight": Role("query"),
     r"(?:SelfAttention|EncDecAttention)\.o\.weight": Role("query", 1),
@@ -90,7 +121,11 @@ _FAMILIES: dict[str, Mapping[str, Role]] = {
     "gemma2": _DECODER,
     "gemma3_text": _DECODER,
     "gpt2": _GPT2,
+    "gpt_neox": _GPT_NEOX,
+    "opt": _OPT,
+    "phi3": _PHI3,
     "bert": _BERT,
+    "roberta": _ROBERTA,
     "t5": _T5,
 }
 #: The architectures that have a table.
@@ -148,7 +183,7 @@ class Architecture:
                 return heads(shape, n.query, axis=role.axis, head_dim=1)
             if role.owner in ("query", "key"):
                 return heads(shape, getattr(n, role.owner), axis=role.axis, head_dim=size)
-            layout = {"fused": "qkv", "kv": "kv"}[role.owner]
+            layout = {"fused": "qkv"}.get(role.owner, role.owner)
             return heads(
                 shape,
                 n.query,

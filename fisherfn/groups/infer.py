@@ -97,11 +97,11 @@ def infer(
 
     Each parameter is asked, in this order: the rules; the architecture of a Hugging Face
     configuration, for heads of attention (Llama, Mistral, Mixtral, Qwen 2 and 3, Gemma 1 to 3,
-    GPT-2, BERT, T5); the type of its module. Parameters of at most one axis (biases, norms) are
-    elements. Without module and configuration, `*.weight` is taken as torch lays out linear layers
-    and convolutions, `[out, in, ...]`, unless its name says otherwise. What is not understood is
-    never guessed: it becomes one group as a whole (or keeps the channels of its layer, where only
-    the heads are not known), it is listed in `unknown`, and it is logged.
+    Phi-3, GPT-2, GPT-NeoX, OPT, BERT, RoBERTa, T5); the type of its module. Parameters of at most
+    one axis (biases, norms) are elements. Without module and configuration, `*.weight` is taken as
+    torch lays out linear layers and convolutions, `[out, in, ...]`, unless its name says otherwise.
+    What is not understood is never guessed: it becomes one group as a whole (or keeps the channels
+    of its layer, where only the heads are not known), it is listed in `unknown`, and it is logged.
 
     Args:
         params: Tree of tensors.

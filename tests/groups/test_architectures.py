@@ -45,6 +45,17 @@ def decoder(name: str, **options: Any) -> Callable[[], Any]:
     return make
 
 
+def other(name: str, head: str, **options: Any) -> Callable[[], Any]:
+    def make() -> Any:
+        import transformers
+
+        settings = {k: v for k, v in DECODER.items() if k not in ("num_key_value_heads",)}
+        config = getattr(transformers, f"{name}Config")(**settings | options)
+        return getattr(transformers, f"{name}For{head}")(config)
+
+    return make
+
+
 def t5() -> Any:
     from transformers import T5Config, T5ForConditionalGeneration
 
@@ -74,6 +85,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "gemma": decoder("Gemma", head_dim=4),
     "gemma2": decoder("Gemma2", head_dim=4),
     "gemma3": decoder("Gemma3Text", head_dim=4),
+    "phi3": decoder("Phi3", pad_token_id=0),
+    "gpt_neox": other("GPTNeoX", "CausalLM"),
+    "opt": other("OPT", "CausalLM", ffn_dim=6, word_embed_proj_dim=8, do_layer_norm_before=True),
+    "roberta": other("Roberta", "MaskedLM", pad_token_id=0),
     "gpt2": lambda: language.gpt2(n_layer=1, n_head=4, attn_implementation="eager"),
     "bert": lambda: language.bert_masked(),
     "t5": t5,
@@ -125,7 +140,14 @@ def run(module: Any, changed: dict[str, Tensor], names: list[str]) -> dict[str, 
 
 def outputs_of_attention(specs: Any) -> dict[str, GroupSpec]:
     """Output projections by module name: those whose heads lie along their inputs."""
-    ends = ("o_proj.weight", "attn.c_proj.weight", "attention.output.dense.weight", ".o.weight")
+    ends = (
+        "o_proj.weight",
+        "attn.c_proj.weight",
+        "attention.output.dense.weight",
+        "attention.dense.weight",
+        "attn.out_proj.weight",
+        ".o.weight",
+    )
     return {path.rpartition(".")[0]: spec for path, spec in specs.items() if path.endswith(ends)}
 
 
@@ -195,7 +217,9 @@ def test_the_rest_of_the_model(model: Any) -> None:
     specs = infer(params, model)
     for path, spec in specs.items():
         if spec.kind == "row":
-            assert spec.num_groups in (V, 16, 8, 2)
+            table = model.get_submodule(path.rpartition(".")[0])
+            assert isinstance(table, nn.Embedding)
+            assert (spec.axis, spec.num_groups) == (0, table.num_embeddings)
         if spec.kind == "channel":
             # what a channel is: with its weights at zero, this output does not depend on the input
             layer = model.get_submodule(path.rpartition(".")[0])
@@ -212,29 +236,21 @@ def test_the_rest_of_the_model(model: Any) -> None:
 
 
 def test_an_architecture_without_a_table_is_reported() -> None:
-    from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+    from transformers import BloomConfig, BloomForCausalLM
 
     with cases.seeded(0):
-        module = GPTNeoXForCausalLM(
-            GPTNeoXConfig(
-                vocab_size=V,
-                hidden_size=8,
-                intermediate_size=6,
-                num_hidden_layers=1,
-                num_attention_heads=2,
-            )
-        )
+        module = BloomForCausalLM(BloomConfig(vocab_size=V, hidden_size=8, n_layer=1, n_head=2))
     params = parameters(module)
     specs = infer(params, module)
-    fused = "gpt_neox.layers.0.attention.query_key_value.weight"
+    fused = "transformer.h.0.self_attention.query_key_value.weight"
     assert specs[fused].kind == "channel"
     assert specs.unknown[fused] == (
-        "heads of attention: the architecture 'gpt_neox' has no table; kept as channels"
+        "heads of attention: the architecture 'bloom' has no table; kept as channels"
     )
-    assert set(specs.unknown) == {fused, "gpt_neox.layers.0.attention.dense.weight"}
+    assert set(specs.unknown) == {fused, "transformer.h.0.self_attention.dense.weight"}
     alone = infer(params, module.config)
     assert alone[fused].kind == "tensor"
-    assert alone.unknown[fused].startswith("the architecture 'gpt_neox' has no table (there are ")
+    assert alone.unknown[fused].startswith("the architecture 'bloom' has no table (there are ")
     rules = [
         (r"query_key_value\.weight", lambda t: ff.groups.heads(t.shape, 2, layout="interleaved"))
     ]
