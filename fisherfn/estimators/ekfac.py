@@ -188,7 +188,7 @@ def ekfac(
     lik = resolve("ekfac", likelihood)
     source = "batch" if basis is None else "given"
 
-    static = {"fisher": fisher, "unit": unit}
+    static: dict[str, Any] = {"fisher": fisher, "unit": unit}
     if basis is None:
         return Estimator(
             "ekfac",

@@ -156,8 +156,8 @@ def _from_products() -> list[Member]:
 
 def _basis(problem: Problem) -> tuple[EKFAC]:
     """Eigenbases for the model's blocks that do not depend on the data."""
-    options = {"fisher": "forward_only", "bias": "separate", "unit": problem.unit}
-    like = kfac(problem.model, problem.likelihood, **options)(*problem.args)
+    given = problem.model, problem.likelihood
+    like = kfac(*given, fisher="forward_only", bias="separate", unit=problem.unit)(*problem.args)
 
     def factor(x: Tensor) -> Tensor:
         if x.dim() < 3:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from kfac.loops import Case, normal, seeded
 from torch import Tensor, nn
 
 import fisherfn as ff
 import oracles
-from kfac.loops import Case, normal, seeded
 
 CATEGORICAL = ff.likelihoods.categorical(), oracles.Categorical()
 

@@ -95,7 +95,9 @@ def input_rows(layer: Any, x: Tensor) -> list[list[Tensor]]:
             values = []
             for c in range(width):
                 for offset in itertools.product(*(range(k) for k in layer.kernel_size)):
-                    place = [s + d * o for s, d, o in zip(start, layer.dilation, offset)]
+                    place = [
+                        s + d * o for s, d, o in zip(start, layer.dilation, offset, strict=True)
+                    ]
                     values.append(channels[(c, *place)])
             rows.append(torch.stack(values))
         found.append(rows)
@@ -104,7 +106,7 @@ def input_rows(layer: Any, x: Tensor) -> list[list[Tensor]]:
 
 def _starts(layer: Any, sizes: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
     ranges = []
-    for size, k, s, d in zip(sizes, layer.kernel_size, layer.stride, layer.dilation):
+    for size, k, s, d in zip(sizes, layer.kernel_size, layer.stride, layer.dilation, strict=True):
         ranges.append(range(0, size - d * (k - 1), s))
     return itertools.product(*ranges)
 
@@ -150,7 +152,7 @@ def factors(
     exists = mask if case.positions is None else case.positions.expand(mask.shape)
     units = problem.unit_weights(unit)
     seen: dict[str, Tensor] = {}
-    handle = layer.register_forward_hook(lambda m, a, out: seen.update(input=a[0], output=out))
+    handle = layer.register_forward_hook(_remember(seen))
     A: Any = None
     G: Any = None
     count, many = units.sum().item(), 0.0
@@ -161,37 +163,47 @@ def factors(
             continue
         # how often each row of the input counts
         own = _given(case, n, mask[n])
-        groups = input_rows(layer, x)
+        groups: Any = input_rows(layer, x)
         t = len(groups[0])
         if exists[n].numel() == t:
             keep = exists[n].reshape(-1).tolist()
-            each = [w * k for w, k in zip(own.reshape(-1).tolist(), keep)]
+            each = [w * k for w, k in zip(own.reshape(-1).tolist(), keep, strict=True)]
         else:
             each = [own[exists[n]].mean().item()] * t
             keep = [True] * t
         if approx == "reduce":
             weight = own[exists[n]].mean().item()
-            groups = [[sum(a for a, k in zip(rows, keep) if k) / sum(keep)] for rows in groups]
+            groups = [
+                [sum(a for a, k in zip(rows, keep, strict=True) if k) / sum(keep)]
+                for rows in groups
+            ]
             each = [weight]
         if bias:
             groups = [[torch.cat([a, a.new_ones(1)]) for a in rows] for rows in groups]
-        blocks = []
-        for rows in groups:
-            blocks.append(sum(w * torch.outer(a, a) for w, a in zip(each, rows)))
-        A = blocks if A is None else [p + q for p, q in zip(A, blocks)]
+        blocks = [
+            sum(w * torch.outer(a, a) for w, a in zip(each, rows, strict=True)) for rows in groups
+        ]
+        A = blocks if A is None else [p + q for p, q in zip(A, blocks, strict=True)]
         many += sum(each)
         for weight, scalar in _terms(case, problem, out, n, fisher, unit, units):
             (g,) = torch.autograd.grad(scalar, taps, retain_graph=True)
-            cotangents = output_rows(layer, g)
+            cotangents: Any = output_rows(layer, g)
             if isinstance(layer, nn.Embedding):  # what is padding is never learnt
-                pairs = zip(x.reshape(-1).tolist(), cotangents[0])
+                pairs = zip(x.reshape(-1).tolist(), cotangents[0], strict=True)
                 cotangents = [[row for index, row in pairs if index != layer.padding_idx]]
             if approx == "reduce":
                 cotangents = [[sum(rows)] for rows in cotangents]
             blocks = [sum(weight * torch.outer(r, r) for r in rows) for rows in cotangents]
-            G = blocks if G is None else [p + q for p, q in zip(G, blocks)]
+            G = blocks if G is None else [p + q for p, q in zip(G, blocks, strict=True)]
     handle.remove()
     return Found(torch.stack(A) / many, torch.stack(G) / count, count, many)
+
+
+def _remember(seen: dict[str, Tensor]) -> Callable[..., None]:
+    def hook(module: nn.Module, args: Any, out: Any) -> None:
+        seen.update(input=args[0], output=out)
+
+    return hook
 
 
 def _given(case: Case, n: int, mask: Tensor) -> Tensor:

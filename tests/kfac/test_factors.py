@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from kfac import loops
+from kfac.layers import CASES, Product, around
+from kfac.loops import Case
 from torch import Tensor, nn
 
 import fisherfn as ff
 from fisherfn.testing import assert_close
-from kfac import loops
-from kfac.layers import CASES, Product, around
-from kfac.loops import Case
 
 # Embeddings: what is read at a position is an observation of its own under either approximation.
 REDUCED = [name for name in CASES if not name.startswith("embedding")]
@@ -87,7 +87,7 @@ def test_masks_positions_and_weights(
         weights = loops.normal(8, *shape).square() + 0.1
     case = replace(case, mask=MASK, positions=positions, weights=weights)
     for fisher in ("exact", "empirical"):
-        options = {"fisher": fisher, "approx": approx, "unit": unit}
+        options: dict[str, Any] = {"fisher": fisher, "approx": approx, "unit": unit}
         F = ff.kfac(case.model, case.likelihood, **options)(*case.args)
         check(case, F, **options)
 
@@ -232,11 +232,16 @@ class Attention(nn.Module):
 def test_queries_keys_and_values_of_attention_are_layers_of_their_own(
     cross: bool, approx: str
 ) -> None:
-    packed = loops.seeded(lambda: Attention(packed=True, cross=cross))
-    single = loops.seeded(lambda: Attention(packed=False, cross=cross))
+    packed: Any = loops.seeded(lambda: Attention(packed=True, cross=cross))
+    single: Any = loops.seeded(lambda: Attention(packed=False, cross=cross))
     with torch.no_grad():
         packed.attn.in_proj_bias.copy_(loops.normal(4, 12))
-        parts = zip("qkv", packed.attn.in_proj_weight.chunk(3), packed.attn.in_proj_bias.chunk(3))
+        parts = zip(
+            "qkv",
+            packed.attn.in_proj_weight.chunk(3),
+            packed.attn.in_proj_bias.chunk(3),
+            strict=True,
+        )
         for name, weight, bias in parts:
             single.get_submodule(name).weight.copy_(weight)
             single.get_submodule(name).bias.copy_(bias)
@@ -255,7 +260,7 @@ def test_queries_keys_and_values_of_attention_are_layers_of_their_own(
         A, G = of_layer(F, "attn.in_proj_weight")
         assert A.shape == (1, 5, 5)
         got = [(A, G[i : i + 1]) for i in range(3)]
-    for name, (A, G) in zip("qkv", got):
+    for name, (A, G) in zip("qkv", got, strict=True):
         assert_close(A, want.inputs[f"{name}.weight"])
         # the cotangents of keys add up to zero over positions
         torch.testing.assert_close(G, want.outputs[f"{name}.weight"], rtol=1e-8, atol=1e-16)
@@ -279,6 +284,7 @@ class LoRA(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
+        self.frozen: Tensor
         self.register_buffer("frozen", 0.5 * torch.randn(3, 4))
         self.a = nn.Parameter(torch.randn(2, 4))
         self.b = nn.Parameter(torch.randn(3, 2))

@@ -1,4 +1,4 @@
-"""Identities between representations: where Kronecker blocks are exact, and how near they are else."""
+"""Identities: where Kronecker blocks are exact, and how near they are everywhere else."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from kfac import loops
+from kfac.layers import CASES, around
+from kfac.loops import Case
 from torch import Tensor, nn
 
 import fisherfn as ff
 import oracles
 from fisherfn.testing import assert_close
-from kfac import loops
-from kfac.layers import CASES, around
-from kfac.loops import Case
 
 ONE_ROW = ["linear", "linear_without_bias"]
 
@@ -144,7 +144,7 @@ def test_each_setting_is_not_exact_in_the_other() -> None:
 @pytest.mark.parametrize("name", [*CASES])
 def test_ekfac_is_at_least_as_near_to_each_block(name: str, approx: str, bias: str) -> None:
     case = CASES[name]()
-    options = {"approx": approx, "bias": bias}
+    options: dict[str, Any] = {"approx": approx, "bias": bias}
     K = ff.kfac(case.model, case.likelihood, **options)(*case.args)
     E = ff.ekfac(case.model, case.likelihood, **options)(*case.args)
     want, k, e = dense(case), K.to_dense(), E.to_dense()

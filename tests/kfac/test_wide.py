@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from kfac import loops
+from kfac.layers import CASES
 from torch import Tensor, nn
 
 import fisherfn as ff
 from fisherfn.core import trees
 from fisherfn.testing import assert_close
-from kfac import loops
-from kfac.layers import CASES
 
 SIDES = {"outputs": (4, 9), "inputs": (9, 4), "both": (9, 9)}
 
@@ -189,6 +189,7 @@ def test_a_wide_vocabulary_is_never_squared() -> None:
 
 def test_the_width_is_a_number() -> None:
     case = CASES["linear"]()
+    bad: Any
     for bad in (0, 2.5, True, None):
         with pytest.raises(ff.OptionError, match="kfac: expected widest= to be an integer"):
             ff.kfac(case.model, case.likelihood, widest=bad)
