@@ -46,10 +46,11 @@ def test_narrow_windows_stay_whole(channels: int, rows: int) -> None:
 @pytest.mark.parametrize("precision", ["tf32", "ieee"])
 def test_precision_follows_the_convolutions(precision: str) -> None:
     """The contraction rounds as the convolution's own gradient does; the flags stay as they are."""
-    torch.manual_seed(0)
-    layer = torch.nn.Conv2d(64, 64, 3).cuda()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        layer = torch.nn.Conv2d(64, 64, 3).cuda()
+        x, g = torch.randn(4, 64, 16, 16).cuda(), torch.randn(4, 64, 14, 14).cuda()
     model, params, buffers = ff.functional(layer)
-    x, g = torch.randn(4, 64, 16, 16, device="cuda"), torch.randn(4, 64, 14, 14, device="cuda")
     exact = torch.nn.grad.conv2d_weight(x.double(), layer.weight.shape, g.double())
     before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
     torch.backends.cudnn.conv.fp32_precision = precision
