@@ -22,15 +22,18 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from fisherfn.capture.engines import needs_composition, refuse_checkpointing
-from fisherfn.core.errors import FisherError, UnsupportedError
 from fisherfn.core.modes import transformed
+from fisherfn.estimators.products.fallback import (
+    DOUBLE,
+    FORWARD,
+    check_twice,
+    no_derivative,
+    no_forward_mode,
+)
 from fisherfn.estimators.products.plain import Function
 from fisherfn.estimators.products.tape import Recorder, Tape, UnrecordableError
 
 _LOG = logging.getLogger(__name__)
-
-FORWARD = "forward mode"
-DOUBLE = "reverse mode twice"
 
 Map: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
@@ -206,6 +209,7 @@ def graph(function: Function, leaves: list[Tensor], reason: str = "") -> Linear:
         except RuntimeError as error:
             refuse_checkpointing(error)
             raise no_derivative(error, reason) from error
+    check_twice(pulled, reason)
     used = [i for i, g in enumerate(pulled) if g is not None and g.requires_grad]
 
     def push(tangents: list[Tensor], batched: bool = False) -> list[Tensor]:
@@ -343,33 +347,7 @@ def _functional(function: Function, leaves: list[Tensor]) -> Linear:
         try:
             return forward(tangents)
         except Exception as error:
-            no_forward_mode(error)
+            no_forward_mode(error, compose=True)
         return twice(tangents)
 
     return Linear(outputs, push, pull, torch.func.vmap(push), torch.func.vmap(pull))
-
-
-# ---- what goes wrong -----------------------------------------------------------------------------
-
-_SAYS = ("forward ad", "forward mode ad", "forward-mode ad", "jvp")
-
-
-def no_forward_mode(error: Exception) -> str:
-    """Return why there is no forward-mode derivative, or raise the error if that is not it."""
-    text = str(error)
-    known = isinstance(error, (NotImplementedError, RuntimeError))
-    if isinstance(error, FisherError) or not known or not any(s in text.lower() for s in _SAYS):
-        raise error
-    reason = text.split("\n")[0].split(". ")[0]
-    _LOG.info("no forward-mode derivative, using %s: %s", DOUBLE, reason)
-    return reason
-
-
-def no_derivative(error: Exception, reason: str) -> UnsupportedError:
-    """Return the error that says why there is neither of the two derivatives."""
-    first = f" ({reason})" if reason else ""
-    return UnsupportedError(
-        f"fisher_vp: expected a model that can be differentiated forward, or backward twice, got "
-        f"neither{first}: {str(error).splitlines()[0]}. Write the operation with plain torch "
-        "operations, or leave its parameters out with select=."
-    )

@@ -3,7 +3,8 @@
 torch's second derivatives of `layer_norm` and `instance_norm` are right, but are not functions that
 can be differentiated once more: they hold the mean and the deviation as constants, and third
 derivatives come out wrong without a word (torch 2.13). Where a product has to compose, these take
-their place.
+their place. The second derivative of the fused `_weight_norm` is itself wrong, and it has no
+forward mode: it is always replaced.
 """
 
 from __future__ import annotations
@@ -78,6 +79,22 @@ def plain_instance_norm(
     return (out if bias is None else out + bias.reshape(shape)).to(input.dtype)
 
 
+def plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Return g v / ‖v‖, the norm over all axes but `dim`, or over all if that is -1.
+
+    Args:
+        v: Directions.
+        g: Lengths, of size 1 along the axes of the norm.
+        dim: The axis that is kept.
+
+    Returns:
+        Like `v`.
+    """
+    axes = tuple(i for i in range(v.dim()) if dim == -1 or i != dim)
+    return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
+
+
+ALWAYS: dict[Any, Any] = {torch._weight_norm: plain_weight_norm}
 COMPOSED: dict[Any, Any] = {
     F.layer_norm: plain_layer_norm,
     torch.layer_norm: plain_layer_norm,

@@ -23,7 +23,7 @@ from fisherfn.capture.sites import is_attention, refuse_noise, rewritten
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, TreeMismatchError
 from fisherfn.estimators.products.lookups import REWRITTEN
-from fisherfn.estimators.products.norms import COMPOSED
+from fisherfn.estimators.products.norms import ALWAYS, COMPOSED
 from fisherfn.layers import attention
 
 #: Tensors in, tensors out: what is differentiated.
@@ -41,7 +41,7 @@ class Plain(TorchFunctionMode):
     def __init__(self, *, compose: bool = False) -> None:
         """Rewrite what has no usable derivative, or, to `compose`, no second or third one."""
         super().__init__()
-        self.rewritten = REWRITTEN | COMPOSED if compose else REWRITTEN
+        self.rewritten = REWRITTEN | ALWAYS | (COMPOSED if compose else {})
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None

@@ -18,7 +18,14 @@ from torch import Tensor
 
 from fisherfn.estimators.observe import Labels
 from fisherfn.estimators.products import linear
-from fisherfn.estimators.products.linear import DOUBLE, FORWARD, Map, Ready
+from fisherfn.estimators.products.fallback import (
+    DOUBLE,
+    FORWARD,
+    check_twice,
+    no_derivative,
+    no_forward_mode,
+)
+from fisherfn.estimators.products.linear import Map, Ready
 from fisherfn.estimators.products.tape import UnrecordableError
 
 if TYPE_CHECKING:
@@ -75,7 +82,7 @@ def once(loss: Loss, leaves: list[Tensor], vector: list[Tensor]) -> list[Tensor]
     try:
         return linear.dual(loss.gradient, leaves, vector)[1]
     except Exception as error:
-        reason = linear.no_forward_mode(error)
+        reason = no_forward_mode(error)
     return _graph(loss, leaves, reason)[0](vector)
 
 
@@ -90,7 +97,7 @@ def many(loss: Loss, leaves: list[Tensor]) -> Ready:
     except UnrecordableError as error:
         return Ready(*_graph(loss, leaves, str(error)), DOUBLE, str(error))
     except Exception as error:
-        reason = linear.no_forward_mode(error)
+        reason = no_forward_mode(error)
         return Ready(*_graph(loss, leaves, reason), DOUBLE, reason)
     push = linear.player(tape, [g.detach() for g in found])
     return Ready(push, linear.mapped(push), FORWARD)
@@ -105,7 +112,7 @@ def _functional(loss: Loss, leaves: list[Tensor]) -> Map:
         try:
             return torch.func.jvp(slope, (leaves,), (vector,))[1]
         except Exception as error:
-            linear.no_forward_mode(error)
+            no_forward_mode(error, compose=True)
         return torch.func.vjp(slope, leaves)[1](vector)[0]
 
     return push
@@ -115,6 +122,7 @@ def _graph(loss: Loss, leaves: list[Tensor], reason: str) -> tuple[Map, Map]:
     live = linear.roots(leaves)
     with torch.enable_grad():
         slope = loss.gradient(live, again=True)
+    check_twice(slope, reason)
     used = [i for i, g in enumerate(slope) if g.requires_grad]
 
     def push(vector: list[Tensor], batched: bool = False) -> list[Tensor]:
@@ -131,7 +139,7 @@ def _graph(loss: Loss, leaves: list[Tensor], reason: str) -> tuple[Map, Map]:
                 is_grads_batched=batched,
             )
         except RuntimeError as error:
-            raise linear.no_derivative(error, reason) from error
+            raise no_derivative(error, reason) from error
         return [
             p.new_zeros((*lead, *p.shape)) if h is None else h.detach()
             for p, h in zip(live, found, strict=True)
