@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fisherfn as ff
-from benchmarks import oracle
+from benchmarks import kronecker, oracle
 from benchmarks.oracle import Values
 from benchmarks.peers import PEERS, Prepared
 from benchmarks.workloads import Workload
@@ -48,6 +48,10 @@ class Quantity:
 
 def _diagonal(fisher: str) -> Callable[..., Any]:
     return lambda model, likelihood: ff.diagonal(model, likelihood, fisher=fisher)
+
+
+def _kronecker(make: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda model, likelihood: make(model, likelihood, fisher="mc")
 
 
 def _moments(result: Any) -> Values:
@@ -95,6 +99,8 @@ QUANTITIES = {
     "score_norms": Quantity(ff.score_norms, oracle.norms, lambda r: {"norms": r}),
     "score_gram": Quantity(ff.score_gram, oracle.gram, lambda r: {"gram": r}),
     "gradient_moments": Quantity(ff.gradient_moments, oracle.moments, _moments),
+    "kfac/mc": Quantity(_kronecker(ff.kfac), kronecker.factors, kronecker.factor_values, True),
+    "ekfac/mc": Quantity(_kronecker(ff.ekfac), kronecker.traces, kronecker.trace_values, True),
 }
 
 
