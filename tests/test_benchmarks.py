@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import oracle, run, timing
+from benchmarks import oracle, run, streams, timing
 from benchmarks.peers import PEERS
 from benchmarks.quantities import QUANTITIES, Quantity
 from benchmarks.workloads import BUILDERS, build
@@ -131,3 +131,14 @@ def test_interleaving_calls_all_runs_equally_often() -> None:
         assert found.samples == 3
         assert found.minimum <= found.lower_quartile <= found.median <= found.upper_quartile
         assert calls[name] == 1 + 3 * found.calls_per_sample
+
+
+def test_streams_are_measured(tmp_path: Path) -> None:
+    small = ["--problem", "tiny", "--entries", "1000", "--repeats", "2"]
+    assert streams.main([*small, "--output", str(tmp_path)]) == 0
+    found = json.loads((tmp_path / "streams-cpu.json").read_text())
+    assert {(row["quantity"], row["state"]) for row in found["folds"]} == {
+        (quantity, state) for quantity in ("diagonal", "grouped") for state in ("ema", "welford")
+    }
+    assert all(row["ratio"] > 0 for row in found["folds"] + found["traffic"])
+    assert [row["bytes"] for row in found["offload"]] == [4000, 2000, 2000]

@@ -24,6 +24,7 @@ from torch import Tensor
 from fisherfn.core.errors import OptionError, TreeMismatchError, UnsupportedError
 
 R = TypeVar("R")
+_WIDE = (torch.float32, torch.float64)
 
 
 def merge(a: R, b: R) -> R:
@@ -98,13 +99,10 @@ def joined_count(count_a: Tensor, a: Tensor, count_b: Tensor, b: Tensor) -> Tens
     >>> joined_count(torch.tensor(1.0), torch.tensor(0.25), torch.tensor(3.0), torch.tensor(0.75))
     tensor(4.)
     """
-
-    def inverse(share: Tensor, count: Tensor) -> Tensor:
-        none = share == 0
-        return torch.where(none, 0.0, share.square() / torch.where(none, 1.0, count))
-
-    spread = inverse(a, count_a) + inverse(b, count_b)
-    return torch.where(spread == 0, 0.0, 1.0 / torch.where(spread == 0, 1.0, spread))
+    shares, counts = torch.stack([a, b]), torch.stack([count_a.to(a.dtype), count_b.to(a.dtype)])
+    none = shares == 0
+    spread = torch.where(none, 0.0, shares.square() / torch.where(none, 1.0, counts)).sum()
+    return torch.where(none.all(), 0.0, 1.0 / spread)
 
 
 def toward(x: Tensor, y: Tensor, share: Tensor) -> Tensor:
@@ -113,8 +111,11 @@ def toward(x: Tensor, y: Tensor, share: Tensor) -> Tensor:
     >>> toward(torch.tensor([1.0]), torch.tensor([3.0]), torch.tensor(0.5))
     tensor([2.])
     """
-    dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
-    return torch.lerp(x.to(dtype), y.to(dtype), share.to(dtype))
+    if x.dtype != y.dtype or x.dtype not in _WIDE:
+        dtype = torch.promote_types(torch.promote_types(x.dtype, y.dtype), torch.float32)
+        x, y = x.to(dtype), y.to(dtype)
+    # one small operation less for each leaf of a tree
+    return torch.lerp(x, y, share if share.dtype == x.dtype else share.to(x.dtype))
 
 
 def check_mergeable(caller: str, a: Any, path: str = "") -> None:

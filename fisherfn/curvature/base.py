@@ -39,7 +39,7 @@ from fisherfn.core.errors import OptionError, ShapeError, UnsupportedError
 from fisherfn.core.merging import joined_count, merge_weights, toward
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
-from fisherfn.curvature.common import Scalar, combine, hypot, is_number, scalar_like
+from fisherfn.curvature.common import Scalar, combine, hypot, is_number, scalar_like, wide
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -76,7 +76,8 @@ class Result(abc.ABC):
         # Runs for the user's own calls only: pytree transformations set fields directly, and put
         # other things than tensors there.
         if isinstance(self.count, numbers.Real):
-            object.__setattr__(self, "count", torch.tensor(float(self.count)))
+            count = torch.tensor(float(self.count), dtype=torch.float64)
+            object.__setattr__(self, "count", count)
         name = type(self).__name__
         if self.unit not in UNITS:
             raise OptionError(
@@ -194,6 +195,8 @@ class Result(abc.ABC):
                 self._with_count(kept).__fisher_merge__(other._with_count(share))._with_count(count)
             )
         changes: dict[str, Any] = {"count": count}
+        first = next(iter(trees.leaves(getattr(self, self._averages[0]))), share)
+        share = share.to(wide(first).dtype)
         for name in self._averages:
             ours, theirs = getattr(self, name), getattr(other, name)
             changes[name] = trees.map(lambda x, y: toward(x, y, share), ours, theirs)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fisherfn.core.modes import concrete
 
-#: Entries taken together: three operands of 32 KB stay in the cache of any core.
-_PIECE = 1 << 15
+#: Entries taken together: six operands of 256 KB fit in the second-level cache of a core.
+_PIECE = 1 << 16
 
 
 def grow(m2: Tensor, mean: Tensor, new: Tensor, spread: Tensor) -> Tensor:

@@ -140,7 +140,7 @@ def tensors(cell: Any) -> Tree:
 def toward(cell: Any, new: Any, share: Tensor) -> Any:
     """Return cell + share·(new − cell), by the meaning of the cell."""
     if not is_cell(cell):
-        return torch.lerp(cell, new.to(cell.dtype), share.to(cell.dtype))
+        return merging.toward(cell, new.to(cell.dtype), share)
     return cell.__fisher_toward__(new, share)
 
 
@@ -163,8 +163,8 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def check_weight(caller: str, weight: Weight, default: Any, like: Tensor) -> Tensor:
-    """Return a weight as a 0-d tensor of the dtype and on the device of `like`.
+def check_weight(caller: str, weight: Weight, default: Any, like: Tensor) -> float | Tensor:
+    """Return a weight, checked: a number, or a 0-d tensor of the dtype and on the device of `like`.
 
     Args:
         caller: The public function on whose behalf this is checked.
@@ -173,7 +173,7 @@ def check_weight(caller: str, weight: Weight, default: Any, like: Tensor) -> Ten
         like: A tensor of the state.
 
     Returns:
-        The weight; NaN where its value is bad and cannot be looked at.
+        The weight; NaN where its value is bad and cannot be looked at without waiting for a GPU.
 
     Raises:
         OptionError: Not a real number.
@@ -185,19 +185,20 @@ def check_weight(caller: str, weight: Weight, default: Any, like: Tensor) -> Ten
             f"{caller}: expected weight to be a number or a 0-d tensor, got "
             f"{type(given).__name__}. Pass the number of units that the new values stand for."
         )
-    if not isinstance(given, Tensor):
-        given = torch.full((), float(given), dtype=like.dtype, device=like.device)
-    if given.ndim != 0 or given.is_complex():
+    if isinstance(given, Tensor) and (given.ndim != 0 or given.is_complex()):
         raise OptionError(
             f"{caller}: expected weight to be a number or a 0-d tensor, got {given.dtype} of shape "
             f"{tuple(given.shape)}. Use torch.vmap for a batch of streams."
         )
-    if given.device.type == "cpu" and concrete(given) and not 0 <= given.item() < float("inf"):
+    if isinstance(given, Tensor) and (given.device.type != "cpu" or not concrete(given)):
+        given = given.to(like.device, like.dtype)
+        return torch.where((given >= 0) & torch.isfinite(given), given, torch.nan)
+    value = given.item() if isinstance(given, Tensor) else given
+    if not 0 <= value < float("inf"):
         raise DataError(
-            f"{caller}: expected a finite weight >= 0, got {given.item():g}. Weights count units."
+            f"{caller}: expected a finite weight >= 0, got {value:g}. Weights count units."
         )
-    given = given.to(like.device, like.dtype)
-    return torch.where((given >= 0) & torch.isfinite(given), given, torch.nan)
+    return given.to(like.device, like.dtype) if isinstance(given, Tensor) else float(given)
 
 
 def check_dtype(caller: str, dtype: Any) -> None:

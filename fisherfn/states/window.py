@@ -94,14 +94,14 @@ def window(size: int, *, dtype: torch.dtype | None = None) -> Transform:
         news = transform.align("window.update", state.entries[-1], new, absent=False)
         w = transform.check_weight("window.update", weight, 1.0, state.weights)
         # through the fold's own arithmetic, so that a member has the dtypes and checks of the state
-        one = torch.ones_like(w)
+        one = torch.ones_like(state.weights[0])
         kept = [
             transform.toward(cell, transform.cast(x, dtype), one)
             for cell, x in zip(cells, news, strict=True)
         ]
         after = WindowState(
             (*state.entries[1:], treedef.unflatten(kept)),
-            torch.cat([state.weights[1:], w.reshape(1)]),
+            torch.cat([state.weights[1:], (w * one).reshape(1)]),
             state.updates + 1,
         )
         return read(after), after

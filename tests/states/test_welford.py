@@ -18,7 +18,7 @@ from fisherfn.core.errors import DataError, OptionError, TreeMismatchError
 from fisherfn.core.merging import empty_like, merge
 from fisherfn.curvature import Diagonal
 from fisherfn.states import WelfordState, effective_updates, stderr, variance, welford
-from fisherfn.states.blockwise import grow
+from fisherfn.states.blockwise import _PIECE, grow
 
 WEIGHTS = st.lists(st.floats(0.1, 100), min_size=2, max_size=9)
 
@@ -141,7 +141,7 @@ def test_dtype_is_the_users() -> None:
 
 
 def test_large_tensors_go_in_pieces() -> None:
-    n = 5 * (1 << 15) + 17
+    n = 5 * _PIECE + 17
     m2, mean, new = (random.normal(random.key(i), (n,), torch.float32) for i in range(3))
     c = torch.tensor(0.3)
     want = m2.double() + 0.3 * (new.double() - mean.double()).square()
