@@ -29,6 +29,7 @@ from benchmarks.workloads import Workload, build
 
 PRODUCTS = 30
 LANCZOS_PRODUCTS = 40
+PARTS = ["trace", "probes", "eigenvalues", "solve"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -39,7 +40,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for problem in asked.problem:
         if problem == "smollm2":
             found[problem] = language_model(asked)
-            show(problem, found[problem])
             continue
         workload = build(problem, asked.device)
         found[problem] = {}
@@ -141,49 +141,69 @@ def language_model(asked: argparse.Namespace) -> dict[str, Any]:
     ).reshape(2, 128)
     given = (params, buffers, ff.causal_batch(ids))
     lik, device = ff.likelihoods.categorical(), torch.device(asked.device)
-    found: dict[str, Any] = {"parameters": ff.tree.size(params), "seconds": {}}
+    found: dict[str, Any] = {"parameters": ff.tree.size(params)}
 
-    def timed(name: str, run: Callable[[], Any]) -> Any:
+    def timed(name: str, run: Callable[[], Any], tell: Callable[[Any], dict[str, Any]]) -> Any:
         kept: list[Any] = []
-        found["seconds"][name] = seconds(lambda: kept.append(run()), device)
-        found["GiB"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        taken = seconds(lambda: kept.append(run()), device)
+        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        found[name] = {**tell(kept[0]), "seconds": taken, "GiB so far": gigabytes}
+        show(name, found[name], 2)
         return kept[0]
 
-    estimator = ff.trace(model, lik, fisher="mc", num_samples=4)
-    value, stderr = timed("trace, 4 draws of labels", lambda: estimator(*given, key=key))
-    found["trace, 4 draws of labels"] = {"value": float(value), "stderr": float(stderr)}
-    F = timed("linearised", lambda: ff.linearized(model, lik)(*given))
-    found["trace, hutchinson"] = {}
-    value, stderr = timed(
-        "trace, hutchinson, 6 products",
-        lambda: ff.linalg.hutchinson(F, params, num_matvecs=6, key=key),
-    )
-    found["trace, hutchinson"] = {"value": float(value), "stderr": float(stderr)}
-    pairs = timed(
-        "lanczos",
-        lambda: ff.linalg.lanczos(
-            F, params, k=5, key=key, max_basis=10, max_steps=asked.steps, tolerance=1e-3, verify=0
-        ),
-    )
-    found["eigenvalues"] = pairs.eigenvalues.tolist()
-    found["residuals"] = pairs.residuals.tolist()
-    found["converged"], found["products"] = bool(pairs.converged), int(pairs.steps)
-    damping = 0.1 * float(pairs.eigenvalues[0])
-    b = ff.tree.map(lambda v: v[0] + v[1], pairs.eigenvectors)
-    del pairs
-    noise = ff.tree.random_like(key, params)
-    b = ff.tree.axpy(0.1 / float(ff.tree.norm(noise)), noise, b)
-    del noise
-    solved = timed(
-        "cg", lambda: ff.linalg.cg(F, b, damping=damping, tolerance=1e-3, max_steps=asked.steps)
-    )
-    found["cg"] = {
-        "reason": solved.reason,
-        "steps": int(solved.steps),
-        "residual": float(solved.residual),
-        "damping": damping,
-    }
+    def estimate(e: Any) -> dict[str, Any]:
+        return {"value": float(e.value), "stderr": float(e.stderr)}
+
+    if "trace" in asked.parts:
+        estimator = ff.trace(model, lik, fisher="mc", num_samples=4)
+        timed("trace, 4 draws of labels", lambda: estimator(*given, key=key), estimate)
+    F = timed("linearised", lambda: ff.linearized(model, lik)(*given), lambda F: {})
+    if "probes" in asked.parts:
+        timed(
+            "trace, random vectors",
+            lambda: ff.linalg.hutchinson(F, params, num_matvecs=asked.steps, key=key),
+            lambda e: {**estimate(e), "products": e.matvecs},
+        )
+    if "eigenvalues" in asked.parts:
+        timed(
+            "five largest eigenvalues",
+            lambda: ff.linalg.lanczos(
+                F,
+                params,
+                k=5,
+                key=key,
+                max_basis=10,
+                max_steps=asked.steps,
+                tolerance=1e-2,
+                verify=0,
+            ),
+            lambda e: {
+                "eigenvalues": e.eigenvalues.tolist(),
+                "residuals": e.residuals.tolist(),
+                "converged": bool(e.converged),
+                "products": int(e.steps),
+            },
+        )
+    if "solve" in asked.parts:
+        b = ff.tree.random_like(key, params)
+        damping = 1e-3 * float(largest_scale(F, b))
+        timed(
+            "solve",
+            lambda: ff.linalg.cg(F, b, damping=damping, tolerance=1e-2, max_steps=asked.steps),
+            lambda e: {
+                "reason": e.reason,
+                "steps": int(e.steps),
+                "residual": float(e.residual),
+                "damping": damping,
+            },
+        )
     return found
+
+
+def largest_scale(F: Callable[[Any], Any], v: Any) -> Tensor:
+    """Return ‖F v‖² / vᵀ F v, towards the largest eigenvalue: what damping is measured by."""
+    product = F(v)
+    return ff.tree.norm(product) ** 2 / ff.tree.dot(v, product)
 
 
 def show(title: str, found: Any, indent: int = 0) -> None:
@@ -206,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--training", type=int, default=100, help="steps of training")
+    parser.add_argument("--parts", nargs="+", default=PARTS, help="of the language model")
     parser.add_argument("--steps", type=int, default=25, help="products for the language model")
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     return parser
