@@ -172,7 +172,7 @@ def language_model(asked: argparse.Namespace) -> dict[str, Any]:
                 params,
                 k=5,
                 key=key,
-                max_basis=10,
+                max_basis=9,
                 max_steps=asked.steps,
                 tolerance=1e-2,
                 verify=0,

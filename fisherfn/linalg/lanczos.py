@@ -344,7 +344,7 @@ class _Iteration:
         chosen = plan.best(len(theta))[::-1]
         rounding = space.eps * theta.abs().max()
         residuals = residuals + torch.linalg.vector_norm(self.lost @ y, dim=0) + rounding
-        vectors = space.combine(y[:, chosen].T, self.basis.vectors)
+        vectors = self.basis.release(y[:, chosen].T)
         missing = plan.wanted - len(chosen)
         good = (
             missing <= 0 and bool(theta.isfinite().all()) and self._all_good(theta, residuals, 1.0)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, UnsupportedError
-from fisherfn.core.merging import merge_weights
+from fisherfn.core.merging import joined_count, merge_weights, toward
 from fisherfn.core.trees import Tree
 
 if TYPE_CHECKING:
@@ -60,20 +60,40 @@ class Estimate:
                 "merge: expected estimates with a count, got one without. It is no average over "
                 "units of data; average such estimates with ff.states."
             )
-        for name in ("fisher", "unit"):
-            ours, theirs = getattr(self, name), getattr(other, name)
-            if ours != theirs:
-                raise OptionError(
-                    f"merge: expected two estimates with the same {name}, got {ours!r} and "
-                    f"{theirs!r}. Compute both with the same options."
-                )
+        self._check_same("merge", other)
         a, b, count = merge_weights(self.count, other.count)
+        return self._average(a, other, b, count)
+
+    def _average(self, a: Tensor, other: Self, b: Tensor, count: Tensor | None) -> Self:
+        """Return a·self + b·other, with the standard error of independent estimates."""
         value = trees.map(lambda x, y: _average(a, x, b, y), self.value, other.value)
         stderr = trees.map(
             lambda x, y: torch.hypot(*_shares(a, x, b, y)), self.stderr, other.stderr
         )
         matvecs = max(self.matvecs, other.matvecs)
         return replace(self, value=value, stderr=stderr, count=count, matvecs=matvecs)
+
+    def _check_same(self, caller: str, other: Self) -> None:
+        for name in ("fisher", "unit"):
+            ours, theirs = getattr(self, name), getattr(other, name)
+            if ours != theirs:
+                raise OptionError(
+                    f"{caller}: expected two estimates with the same {name}, got {ours!r} and "
+                    f"{theirs!r}. Compute both with the same options."
+                )
+
+    def __fisher_tensors__(self) -> Tree:
+        return self.value
+
+    def __fisher_toward__(self, other: Self, share: Tensor) -> Self:
+        self._check_same("states", other)
+        kept, count = 1.0 - share, None
+        if self.count is not None and other.count is not None:
+            count = joined_count(self.count, kept, other.count, share)
+        mixed = self._average(kept, other, share, count)
+        return replace(
+            mixed, value=trees.map(lambda x, y: toward(x, y, share), self.value, other.value)
+        )
 
     def __fisher_empty__(self) -> Self:
         if self.count is None:

@@ -236,12 +236,24 @@ class Basis:
         self.count += n
 
     def replace(self, coefficients: Tensor) -> None:
-        """Become the combinations `coefficients [m, count]` of the vectors; frees no memory."""
-        block = self.space.combine(coefficients, self.vectors)
-        self.count = 0
+        """Become the combinations `coefficients [m, count]` of the vectors, a leaf at a time."""
         if not self._buffered:
-            self._vectors = None
-        self.append(block)
+            self._vectors = self.space.combine(coefficients, self.vectors)
+        else:
+            assert self._vectors is not None
+            for buffer in self._vectors:
+                old = buffer[: self.count]
+                buffer[: len(coefficients)] = coefficients.to(old.device, old.dtype) @ old
+        self.count = len(coefficients)
+
+    def release(self, coefficients: Tensor) -> Block:
+        """Return the combinations `coefficients [m, count]`, and let go of the vectors meanwhile."""
+        own, found = self.vectors, []
+        self._vectors, self.count = None, 0
+        for i in range(len(own)):
+            found.append(coefficients.to(own[i].device, own[i].dtype) @ own[i])
+            own[i] = found[-1]
+        return found
 
     def reject(self, block: Block, passes: int = 2) -> tuple[Block, Tensor]:
         """Return what of some vectors is orthogonal to these, and the coefficients of the rest.
@@ -264,8 +276,8 @@ class Basis:
         for _ in range(passes):
             found = space.gram(own, block)
             total = total + found
-            inside = space.combine(found.T, own)
-            block = [x - y for x, y in zip(block, inside, strict=True)]
+            pairs = zip(block, own, strict=True)
+            block = [torch.addmm(x, found.T.to(x), v, alpha=-1.0) for x, v in pairs]
         return block, total
 
 
