@@ -18,6 +18,8 @@ from fisherfn.core import random, trees
 from fisherfn.core.errors import DataError, FisherError, OptionError, UnsupportedError
 from fisherfn.core.merging import empty_like, merge
 from fisherfn.curvature import Dense, Diagonal, Layout
+from fisherfn.estimators.diagonal import diagonal
+from fisherfn.likelihoods import categorical
 from fisherfn.states import AccumulateState, accumulate
 
 PARAMS = {"w": torch.zeros(3, dtype=torch.float64)}
@@ -232,3 +234,14 @@ def test_bad_input_is_refused(change: Any, error: type[FisherError], message: st
     estimator, batches = arguments.pop("estimator"), arguments.pop("batches")
     with pytest.raises(error, match=message):
         accumulate(estimator, PARAMS, {}, batches, **arguments)
+
+
+def test_counts_go_beyond_what_float32_can_count() -> None:
+    model = lambda params, buffers, x: x @ params["w"]  # noqa: E731
+    fim = diagonal(model, categorical())
+    params = {"w": torch.zeros(1, 2)}
+    large = [Batch(torch.ones(2, 1), weights=torch.tensor([2.0**24, 1.0]))]
+    ones = [Batch(torch.ones(1, 1)) for _ in range(3)]
+    result, state = accumulate(fim, params, {}, large + ones)
+    assert result.count == state.units == 2**24 + 4
+    assert result.values["w"].dtype == torch.float32

@@ -18,7 +18,13 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import merging, trees
-from fisherfn.core.errors import DataError, OptionError, ShapeError, TreeMismatchError
+from fisherfn.core.errors import (
+    DataError,
+    OptionError,
+    ShapeError,
+    TreeMismatchError,
+    UnsupportedError,
+)
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree, TreeDef
 
@@ -114,7 +120,10 @@ def empty(tree: Tree, dtype: torch.dtype | None) -> Tree:
         if not is_cell(cell):
             wide = dtype or torch.promote_types(cell.dtype, torch.float32)
             return torch.zeros_like(cell, dtype=wide)
-        return cast(merging.empty_like(cell), dtype)
+        try:
+            return cast(merging.empty_like(cell), dtype)
+        except UnsupportedError:  # an average over nothing, of what is no average over data
+            return cast(trees.zeros_like(cell), dtype)
 
     return optree.tree_map(one, tree, is_leaf=is_cell, namespace=trees.NAMESPACE)
 

@@ -111,8 +111,9 @@ def welford(*, dtype: torch.dtype | None = None) -> Transform:
         caller = "welford.update"
         cells, treedef = transform.flatten(caller, state.mean)
         news = transform.align(caller, state.mean, new, absent=False)
-        counts = [getattr(cell, "count", 1.0) for cell in news if transform.is_cell(cell)]
-        w = transform.check_weight(caller, weight, counts[0] if counts else 1.0, state.count)
+        counts = [getattr(cell, "count", None) for cell in news]
+        default = next((n for n in counts if isinstance(n, Tensor)), 1.0)
+        w = transform.check_weight(caller, weight, default, state.count)
         count = state.count + w
         share = w / torch.where(count == 0, 1.0, count)
         spread = w * (1.0 - share)

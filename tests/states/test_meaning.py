@@ -113,3 +113,23 @@ def test_group_sums_are_averaged() -> None:
         name: torch.stack([F.values[name] for F in members]) for name in whole.values
     }
     close(variance(state), {name: x.var(0) for name, x in columns.items()})
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_standard_errors_of_estimates_are_those_of_an_average(counted: bool) -> None:
+    def estimate(value: float, error: float, n: float) -> Any:
+        parts = [torch.tensor(x, dtype=torch.float64) for x in (value, error, n)]
+        return ff.linalg.Estimate(parts[0], parts[1], parts[2] if counted else None)
+
+    members = [estimate(1.0, 0.3, 4.0), estimate(4.0, 0.4, 4.0)]
+    reading, _ = folded(ema(0.5), members)  # shares 1/3 and 2/3
+    torch.testing.assert_close(reading.value.item(), 3.0)
+    torch.testing.assert_close(reading.stderr.item(), (0.1**2 + (0.8 / 3) ** 2) ** 0.5)
+    assert (reading.count is not None) == counted
+    mean, state = folded(welford(), members)
+    torch.testing.assert_close(mean.value.item(), 2.5)
+    torch.testing.assert_close(variance(state).item(), 4.5)
+    assert state.count == (8 if counted else 2)
+    other = ff.linalg.Estimate(*[members[0].value] * 3, fisher="mc")
+    with pytest.raises(OptionError, match="states: expected two estimates with the same fisher"):
+        ema(0.5).update(other, ema(0.5).init(members[0]))
