@@ -327,7 +327,11 @@ def _try_first(fast: Map, slow: Map) -> Map:
 
 def _functional(function: Function, leaves: list[Tensor]) -> Linear:
     load_forward_mode()
-    found: Any = torch.func.vjp(function, leaves)
+    try:
+        found: Any = torch.func.vjp(function, leaves)
+    except RuntimeError as error:
+        refuse_checkpointing(error)
+        raise
     outputs, vjp = found
 
     def pull(cotangents: list[Tensor]) -> list[Tensor]:

@@ -48,13 +48,20 @@ class Loss:
         with torch.enable_grad():
             return -self.problem.observe(self.inputs, outputs, self.span).log_likelihood()
 
-    def count(self, leaves: list[Tensor]) -> None:
-        """Count the units outside of any derivative, where what is counted may be kept."""
-        if not self.problem.observer.counted:
-            function = self.problem.function(self.inputs, compose=self.compose)
-            with torch.no_grad():
-                outputs = function.restore(function([t.detach() for t in leaves]))
-            self.problem.observe(self.inputs, outputs, self.span)
+    def count(self, leaves: list[Tensor]) -> Callable[[list[Tensor]], list[Tensor]]:
+        """Count the units outside of any derivative, where what is counted may be kept.
+
+        Returns:
+            What every derivative has to pass through: targets that cannot be must not leave a
+            number, and a constant that is NaN has no derivative to show it.
+        """
+        function = self.problem.function(self.inputs, compose=self.compose)
+        with torch.no_grad():
+            outputs = function.restore(function([t.detach() for t in leaves]))
+        poison = self.problem.observe(self.inputs, outputs, self.span).poison
+        if poison is None:
+            return lambda found: found
+        return lambda found: [t * poison.to(t.dtype) for t in found]
 
     def gradient(self, leaves: list[Tensor], *, again: bool = False) -> list[Tensor]:
         """Return the gradient by autograd; `again` if it is to be differentiated once more."""
@@ -68,9 +75,9 @@ class Loss:
 def gradient(loss: Loss, leaves: list[Tensor]) -> list[Tensor]:
     """Return the gradient alone."""
     if loss.compose:
-        loss.count(leaves)
+        checked = loss.count(leaves)
         found: Any = torch.func.grad(loss)(leaves)
-        return found
+        return checked(found)
     with torch.enable_grad():
         return [g.detach() for g in loss.gradient(linear.roots(leaves))]
 
@@ -105,15 +112,15 @@ def many(loss: Loss, leaves: list[Tensor]) -> Ready:
 
 def _functional(loss: Loss, leaves: list[Tensor]) -> Map:
     linear.load_forward_mode()
-    loss.count(leaves)
+    checked = loss.count(leaves)
     slope: Callable[..., Any] = torch.func.grad(loss)
 
     def push(vector: list[Tensor]) -> list[Tensor]:
         try:
-            return torch.func.jvp(slope, (leaves,), (vector,))[1]
+            return checked(torch.func.jvp(slope, (leaves,), (vector,))[1])
         except Exception as error:
             no_forward_mode(error, compose=True)
-        return torch.func.vjp(slope, leaves)[1](vector)[0]
+        return checked(torch.func.vjp(slope, leaves)[1](vector)[0])
 
     return push
 
