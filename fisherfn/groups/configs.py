@@ -162,6 +162,7 @@ class Architecture:
 
     def role(self, path: str) -> Role | None:
         """Return what a parameter is, None if the table does not know it."""
+        path = path.replace(".base_layer.", ".")  # adapters wrap the layer that they adapt
         for pattern, role in _FAMILIES[self.name].items():
             if re.search(rf"(?:^|\.)(?:{pattern})$", path):
                 return role

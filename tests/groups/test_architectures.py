@@ -280,6 +280,19 @@ def test_the_configuration_of_another_model() -> None:
         infer(parameters(module), {"model_type": "llama"})
 
 
+def test_layers_inside_of_adapters_and_wrappers() -> None:
+    config = {"model_type": "llama", "num_attention_heads": 4, "hidden_size": 8}
+    shapes = {
+        "base_model.model.model.layers.0.self_attn.q_proj.base_layer.weight": (8, 8),
+        "_orig_mod.model.layers.0.self_attn.o_proj.weight": (8, 8),
+    }
+    specs = infer({path: torch.zeros(shape) for path, shape in shapes.items()}, config)
+    assert [(spec.kind, spec.axis, spec.num_groups) for spec in specs.values()] == [
+        ("head", 0, 4),
+        ("head", 1, 4),
+    ]
+
+
 def test_gpt2_with_cross_attention() -> None:
     with cases.seeded(0):
         module = language.gpt2(n_layer=1, add_cross_attention=True)
