@@ -10,7 +10,7 @@ it takes a pass of its own once a basis is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -27,8 +27,8 @@ from fisherfn.estimators.kronecker_statistic import KroneckerStatistic, Place, S
 from fisherfn.estimators.statistic import Frame, Statistic
 from fisherfn.layers.convolution import Unfolded
 from fisherfn.layers.form import Form
-from fisherfn.layers.kronecker import rotated_squares
 from fisherfn.layers.numerics import accumulate
+from fisherfn.layers.rotated import rotated_squares
 from fisherfn.likelihoods import resolve
 
 
@@ -47,7 +47,7 @@ class Scales(KroneckerStatistic):
         """Add the squares of one block, and of a bias beside it."""
         b = self._known_block(place.block)
         left, right = self.basis.output_basis[b.name], self.basis.input_basis.get(b.name)
-        parts: list[Form] = list(form.outers()) if isinstance(form, Unfolded) else [form]
+        parts: Iterable[Form] = form.outers() if isinstance(form, Unfolded) else [form]
         for part in parts:
             found = rotated_squares(
                 part,
@@ -62,9 +62,9 @@ class Scales(KroneckerStatistic):
 
     def take_bias(self, place: Place, scores: Tensor) -> None:
         """Add the squares of a bias with a block of its own, [K, B, R, O]."""
-        beside = self.separate(place)
-        assert beside is not None
-        b = self._known_block(beside)
+        own = self.separate(place)
+        assert own is not None
+        b = self._known_block(own)
         left = self.basis.output_basis[b.name]
         columns = scores.flatten(0, 1).movedim(1, 0)
         inside = (columns @ left.to(columns.dtype)).square().sum(1)

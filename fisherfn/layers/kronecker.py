@@ -8,15 +8,23 @@ already. Inputs that are shared by all groups have R = 1.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from fisherfn.layers import shifts
 from fisherfn.layers.convolution import Unfolded
 from fisherfn.layers.form import Form
 from fisherfn.layers.lookup import Lookup
-from fisherfn.layers.numerics import accumulate, in_place_allowed, wide
+from fisherfn.layers.numerics import (
+    accumulate,
+    blocks,
+    convolution_precision,
+    in_place_allowed,
+    wide,
+)
 from fisherfn.layers.outer import Outer
 
 # Products of fewer columns are not split: starting one costs more than it saves.
@@ -147,17 +155,64 @@ def input_moments(
     if isinstance(form, Lookup):
         return _counts(form, weights)
     if isinstance(form, Unfolded):
-        square, rows = None, None
-        for part, (start, stop) in form.inputs():
-            some = _part(weights, start, stop)
-            found = _of_rows(*_rows(part, some, reduce), bias, keep_rows)
-            square = _joined(square, found.square, keep_rows)
-            rows = found.rows if rows is None else rows + found.rows
-        assert square is not None
-        assert rows is not None
-        return Moments(square, rows)
+        with convolution_precision(form.g):
+            return _of_patches(form, weights, reduce, bias, keep_rows)
     assert isinstance(form, Outer)
     return _of_rows(*_rows(form.a, weights, reduce), bias, keep_rows)
+
+
+def _of_patches(
+    form: Unfolded, weights: Weights, reduce: bool, bias: bool, keep_rows: bool
+) -> Moments:
+    places = form.g.shape[4:]
+    if not (reduce or keep_rows or form.transposed) and shifts.applies(form.geometry, places):
+        t = math.prod(places) * form.x.shape[1]
+        if weights.each is None or weights.each.shape[1] != t:
+            return _of_shifts(form, weights, bias)
+    square, rows = None, None
+    for part, (start, stop) in form.inputs():
+        some = _part(weights, start, stop)
+        found = _of_rows(*_rows(part, some, reduce), bias, keep_rows)
+        square = _joined(square, found.square, keep_rows)
+        rows = found.rows if rows is None else rows + found.rows
+    assert square is not None
+    assert rows is not None
+    return Moments(square, rows)
+
+
+def _of_shifts(form: Unfolded, weights: Weights, bias: bool) -> Moments:
+    """Return the moments of patches from products of rows of the image."""
+    places, geometry = form.g.shape[4:], form.geometry
+    b, m = form.x.shape[:2]
+    total = rows = mean = None
+    each = form.x.numel() // max(1, b) * math.prod(geometry.kernel[1:]) * form.x.element_size()
+    w = weights.examples()
+    for start, stop in blocks(b, each, form.x):
+        x = form.x[start:stop].reshape(-1, *form.x.shape[2:])
+        image = shifts.image_rows(geometry, x, places)
+        many = (stop - start) * m * math.prod(places)
+        count = torch.full((), float(many), dtype=_count_dtype(x), device=x.device)
+        root = None
+        if w is not None:
+            own = w[start:stop].to(x.dtype)
+            count = own.sum(dtype=_count_dtype(x)) * (m * math.prod(places))
+            root = own.sqrt().repeat_interleave(m * math.prod(places[1:])).unsqueeze(-1)
+            zero = torch.zeros((), dtype=x.dtype, device=x.device)
+            image = torch.where(root > 0, image, zero) * root
+        found = shifts.patch_gram(geometry, image, places[0], _stacked_gram)
+        total = accumulate(total, found)
+        rows = count if rows is None else rows + count
+        if bias:
+            image = image if root is None else image * root
+            term = shifts.patch_sum(geometry, image, places[0])
+            mean = term if mean is None else mean + term
+    assert total is not None
+    assert rows is not None
+    if mean is not None:
+        column = mean.unsqueeze(-1)
+        corner = rows.to(total.dtype).expand(total.shape[0], 1, 1)
+        total = torch.cat([torch.cat([total, column], -1), torch.cat([column.mT, corner], -1)], -2)
+    return Moments(total, rows)
 
 
 def _joined(total: Tensor | None, term: Tensor, keep_rows: bool) -> Tensor:
@@ -260,8 +315,9 @@ def output_moments(form: Form, *, reduce: bool, parts: int = 1, keep_rows: bool 
         return rows if keep_rows else _stacked_gram(rows)
     if isinstance(form, Unfolded):
         total = None
-        for g in form.cotangents():
-            total = _joined(total, _of_cotangents(g, reduce, parts, keep_rows), keep_rows)
+        with convolution_precision(form.g):
+            for g in form.cotangents():
+                total = _joined(total, _of_cotangents(g, reduce, parts, keep_rows), keep_rows)
         assert total is not None
         return total
     assert isinstance(form, Outer)
@@ -277,102 +333,3 @@ def _of_cotangents(g: Tensor, reduce: bool, parts: int, keep_rows: bool) -> Tens
         r, n, o = rows.shape
         rows = rows.reshape(r, n, parts, o // parts).transpose(1, 2).reshape(r * parts, n, -1)
     return rows if keep_rows else _stacked_gram(rows)
-
-
-def rotated_squares(
-    form: Form,
-    outputs: Tensor,
-    inputs: Tensor | None,
-    *,
-    thin: tuple[bool, bool],
-    bias: bool,
-    factor: float = 1.0,
-    parts: int = 1,
-) -> Tensor:
-    """Return the sum of squares of the scores in a Kronecker basis.
-
-    Args:
-        form: An `Outer` or `Lookup`.
-        outputs: Basis [R, O, k_O], R as after the cut into `parts`.
-        inputs: Basis [R or 1, I, k_I], with a row for the ones of a bias; None for a table.
-        thin: Whether the basis of the outputs, and that of the inputs, spans only a part: then the
-            mean over the rest follows in one more row or column.
-        bias: Whether the inputs have a column of ones.
-        factor: What the inputs, but not the ones, are multiplied by.
-        parts: Into how many blocks the outputs of each group are cut.
-
-    Returns:
-        `[R, k_O, k_I]`, one more where thin.
-    """
-    if isinstance(form, Lookup):
-        turned = replace(form, g=form.g @ outputs[0].to(form.g.dtype))
-        found = turned.square_sum().T.unsqueeze(0)
-        if not thin[0]:
-            return found
-        width = max(1, outputs.shape[1] - outputs.shape[2])
-        beside = form.square_sum().sum(1) - found.sum((0, 1))
-        return torch.cat([found, (beside / width).clamp_min(0.0).expand(1, 1, -1)], 1)
-    assert isinstance(form, Outer)
-    assert inputs is not None
-    a, g = form.a, form.g
-    if a.shape[1] > 1 and a.stride(1) == 0:
-        a = a[:, :1]
-    right = inputs.to(a.dtype)
-    turned_a = _turned(a, right[:, :-1] if bias else right)
-    if factor != 1:
-        turned_a = turned_a * factor
-    if bias:
-        turned_a = turned_a + right[:, -1:]
-    if parts > 1:
-        g = g.unflatten(-1, (parts, -1)).movedim(-2, 3).flatten(2, 3)
-    turned_g = _turned(g, outputs.to(g.dtype))
-    r = g.shape[2]
-    if turned_a.shape[1] not in (1, r):
-        turned_a = turned_a.repeat_interleave(r // turned_a.shape[1], 1)
-    turned_a = turned_a.expand(-1, r, -1, -1)
-    found = Outer(turned_a, turned_g).square_sum()
-    if not any(thin):
-        return found
-    whole_a = a * factor
-    if bias:
-        whole_a = torch.cat([whole_a, torch.ones_like(a[..., :1])], -1)
-    return _with_rest(found, (turned_a, whole_a), (turned_g, g), thin)
-
-
-def _turned(x: Tensor, basis: Tensor) -> Tensor:
-    """Return the rows of [..., R, T, n] in a basis [R or 1, n, k]; one product for each group."""
-    if basis.shape[0] == 1:
-        return (x.reshape(-1, x.shape[-1]) @ basis[0]).reshape(*x.shape[:-1], -1)
-    groups = x.dim() - 3
-    rows = x.movedim(groups, 0)
-    found = rows.reshape(basis.shape[0], -1, x.shape[-1]) @ basis
-    return found.reshape(*rows.shape[:-1], -1).movedim(0, groups)
-
-
-def _with_rest(
-    found: Tensor, a: tuple[Tensor, Tensor], g: tuple[Tensor, Tensor], thin: tuple[bool, bool]
-) -> Tensor:
-    """Append the mean squares beside thin bases; `a` and `g` are pairs: in the basis, and whole."""
-    o = max(1, g[1].shape[-1] - g[0].shape[-1])
-    i = max(1, a[1].shape[-1] - a[0].shape[-1])
-    # the difference of two sums is known to rounding errors of the first
-    eps = 4.0 * max(g[1].shape[-1], a[1].shape[-1]) * torch.finfo(found.dtype).eps
-
-    def mean(every: Tensor, inside: Tensor, many: int) -> Tensor:
-        rest = every - inside
-        return torch.where(rest > eps * every, rest / many, torch.zeros_like(rest))
-
-    if thin[0]:
-        # Σ_o (Σ_t g_to a_tj)² = a_jᵀ (g gᵀ) a_j
-        gg = (g[1] @ g[1].mT).sum(0)
-        every = ((gg @ a[0]) * a[0]).sum((0, 2))
-        found = torch.cat([found, mean(every, found.sum(-2), o).unsqueeze(-2)], -2)
-    if thin[1]:
-        aa = a[1] @ a[1].mT
-        every = ((aa @ g[0]) * g[0]).sum((0, 1, 3))
-        if thin[0]:
-            gg = (g[1] @ g[1].mT).sum(0)
-            beside = mean((gg * aa).sum((0, 2, 3)), every.sum(-1), o)
-            every = torch.cat([every, beside.unsqueeze(-1)], -1)
-        found = torch.cat([found, mean(every, found.sum(-1), i).unsqueeze(-1)], -1)
-    return found

@@ -92,7 +92,7 @@ def test_masks_positions_and_weights(
         check(case, F, **options)
 
 
-@pytest.mark.parametrize("name", ["linear_pooled", "conv2d_groups"])
+@pytest.mark.parametrize("name", ["linear_pooled", "conv2d_groups", "depthwise", "conv1d"])
 def test_layers_whose_rows_are_no_positions_of_the_output_count_by_example(name: str) -> None:
     case = CASES[name]()
     weights = torch.tensor([2.0, 0.0, 0.5], dtype=torch.float64)
