@@ -52,9 +52,8 @@ def kernel(rows: Sequence[Tensor], weights: Tensor) -> Kernel:
     signs = torch.where(w < 0, -torch.ones_like(w), torch.ones_like(w))
     gram = w.new_zeros(len(weights), len(weights))
     for _, block in _blocks(rows, dtype):
-        scaled = block.to(w.device) * roots[:, None]
-        gram = gram + scaled @ scaled.mT
-    return Kernel(gram, roots, signs)
+        gram = gram + (block @ block.mT).to(w.device)
+    return Kernel(gram * roots * roots[:, None], roots, signs)
 
 
 def project(rows: Sequence[Tensor], vectors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -26,7 +26,8 @@ def sharded_inverse(matrix: Curvature, *, group: Any = None) -> Inverse:
     """Factorise a curvature matrix together with the other ranks, layer by layer.
 
     Pass it as `natural_gradient(..., invert=functools.partial(sharded_inverse, group=group))`; all
-    ranks have to call it at the same steps, with equal matrices.
+    ranks have to call it at the same steps, with equal matrices. An estimator whose results all
+    ranks share is `lambda *a, **k: ff.distributed.all_reduce(fim(*a, **k))`.
 
     Args:
         matrix: A `KFAC`; any other curvature is factorised by every rank for itself.
@@ -53,7 +54,11 @@ def sharded_inverse(matrix: Curvature, *, group: Any = None) -> Inverse:
         return invert(matrix)
     owners = dealt(matrix.blocks, world)
     mine = _part(matrix, [b for b in matrix.blocks if owners[b.name] == rank]).eigh()
-    found = {name: dict(getattr(mine, name)) for name in _FIELDS}
+    # in the memory layout in which the others get it: products of another one round differently
+    found = {
+        field: {name: x.contiguous() for name, x in getattr(mine, field).items()}
+        for field in _FIELDS
+    }
     device = matrix.count.device
     for field, name, tensor in _exchanged(found, rank, world, group, device):
         found[field][name] = tensor

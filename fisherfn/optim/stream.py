@@ -178,7 +178,7 @@ class EigenStream(Stream):
                 new = kronecker(params, buffers, batch, key=key)
                 factors = averaged(self.decay, factors, new)
             assert factors is not None
-            basis = factors.mean.eigh()
+            basis = self.invert(factors.mean).matrix
             found = in_basis(basis)(params, buffers, batch, key=key)
             scales = averaged(self.decay, None, found)
         else:

@@ -34,15 +34,21 @@ def data(seed: int) -> ff.Batch:
 def run(invert: Any) -> dict[str, Any]:
     """Three steps, with factors as matrices and as rows; and the last inverse."""
     model, params, buffers = network()
+    grads = trees.map(torch.ones_like, params)
     found: dict[str, Any] = {}
     for widest in (8192, 4):
         est = ff.kfac(model, LIK, fisher="empirical", widest=widest)
         opt = optim.scale_by_fisher(est, decay=0.5, invert_every=2, damping=0.1, invert=invert)
-        grads, state = trees.map(torch.ones_like, params), opt.init(params)
+        state = opt.init(params)
         step: Any = None
         for number in range(3):
             step, state = opt.update(grads, state, params, buffers=buffers, batch=data(number))
         found[f"{widest}"] = {"step": step, "inverse": state.curvature.inverse.matrix}
+    eigen = optim.scale_by_fisher(
+        ff.ekfac(model, LIK, fisher="empirical"), decay=0.5, damping=0.1, invert=invert
+    )
+    step, _ = eigen.update(grads, eigen.init(params), params, buffers=buffers, batch=data(0))
+    found["ekfac"] = step
     F = ff.dense(model, LIK)(params, buffers, data(0))
     found["dense"] = invert(F).parts[0].values
     return found

@@ -295,9 +295,24 @@ def test_float32_parameters_and_parameters_that_require_gradients() -> None:
     assert not any(x.requires_grad for x in trees.leaves((step, state)))
 
 
-@pytest.mark.parametrize(
-    "name", ["diagonal", *[pytest.param(x, marks=pytest.mark.slow) for x in ("kfac", "low_rank")]]
-)
+def test_a_scaling_compiles() -> None:
+    model, params, buffers = network()
+    batch, opt = data(), optim.scale_by_fisher(ff.diagonal(model, LIK, fisher="empirical"))
+
+    def step(grads: Any, state: Any, params: Any) -> Any:
+        return opt.update(grads, state, params, buffers=buffers, batch=batch)
+
+    grads = gradient(model, params, buffers, batch)
+    _, state = step(grads, opt.init(params), params)
+    want = step(grads, state, params)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(grads, state, params)
+    for a, b in zip(trees.leaves(got), trees.leaves(want), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    torch._dynamo.reset()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["diagonal", "kfac", "low_rank"])
 def test_a_step_compiles(name: str) -> None:
     model, params, buffers = network()
     batch = data()
@@ -317,6 +332,7 @@ def test_a_step_compiles(name: str) -> None:
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_periods_in_compiled_code_choose_what_was_computed() -> None:
     model, params, buffers = network()
     opt = optim.natural_gradient(

@@ -39,6 +39,8 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
         assert torch.equal(a, b)
     alone: dict[str, Any] = ranks.run(optim.invert)
     torch.testing.assert_close(first["dense"], alone["dense"])
+    for name, x in alone["ekfac"].items():
+        torch.testing.assert_close(first["ekfac"][name], x, rtol=1e-8, atol=1e-8)
     for widest in ("8192", "4"):
         got, want = first[widest], alone[widest]
         assert trees.structure(got) == trees.structure(want)
