@@ -7,7 +7,7 @@ its eigenvalues are averages of diagonal entries, not eigenvalues of the Fisher 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,7 @@ from fisherfn.curvature.common import (
 )
 from fisherfn.curvature.diagonal import Diagonal, check_tensors
 from fisherfn.curvature.layout import Layout
-from fisherfn.groups import GroupSpec, reduce
+from fisherfn.groups import GroupSpec, reduce, regroup, relabel
 from fisherfn.groups.pools import check_leaves, check_reduced, pool_sizes
 
 if TYPE_CHECKING:
@@ -117,6 +117,30 @@ class Grouped(Curvature):
             fisher=diagonal.fisher,
             unit=diagonal.unit,
         )
+
+    def regroup(
+        self, labels: Mapping[str, Sequence[Hashable]], *, into: str | None = None
+    ) -> Grouped:
+        """Return the traces over labelled groups, such as heads by what they do.
+
+        Args:
+            labels: For some paths, the label of each group; see `ff.groups.relabel`.
+            into: A name under which all labelled parameters are added up, label by label.
+
+        Returns:
+            A `Grouped` of the same trace, with fewer groups and without standard errors: those of
+            groups that draw the same labels are not independent.
+
+        Raises:
+            TreeMismatchError: There are no groups at a labelled path.
+            ShapeError: There are more or fewer labels than groups.
+            OptionError: Nothing is labelled, or a labelled parameter is in a pool already.
+        """
+        self._check("Grouped.regroup")
+        specs = relabel(self.specs, labels, into=into)
+        values = regroup(self.values, self.specs, labels, into=into)
+        groups = in_order(specs, self.layout)
+        return replace(self, values=values, groups=groups, stderr=None)
 
     @property
     def specs(self) -> dict[str, GroupSpec]:

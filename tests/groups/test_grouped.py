@@ -125,6 +125,20 @@ def test_pooled_groups_are_one_multiple_of_the_identity() -> None:
     torch.testing.assert_close(F.trace(), D.trace())
 
 
+@pytest.mark.parametrize("into", [None, "classes"])
+def test_regrouping_by_label(into: str | None) -> None:
+    F = replace(grouped(fisher="mc"), stderr=grouped().values)
+    labels = {"w": ["a", "b"], "b": ["b", "b", "a", "b"]}
+    got = F.regroup(labels, into=into)
+    specs_by_label = ff.groups.relabel(specs(), labels, into=into)
+    want = Grouped.of(diagonal(fisher="mc"), specs_by_label)
+    torch.testing.assert_close(got.values, want.values)
+    assert (got.groups, got.count, got.fisher, got.stderr) == (want.groups, N, "mc", None)
+    torch.testing.assert_close(got.trace(), F.trace())
+    with pytest.raises(ff.ShapeError, match=r"expected 2 labels, one a group, got 1 at 'w'"):
+        F.regroup({"w": ["a"]})
+
+
 @pytest.mark.parametrize("with_error", [False, True])
 def test_saved_and_loaded(tmp_path: Path, with_error: bool) -> None:
     labelled = ff.groups.relabel(specs(), {"w": ["a", "b"]}, into="classes")
