@@ -8,6 +8,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,32 @@ def test_failures_on_the_way_leave_the_old_file(
             io.save(path, {"w": torch.zeros(9)})
     assert os.listdir(path.parent) == [path.name]
     same(io.load(path), {"w": torch.ones(2)})
+
+
+SAVING = """
+import sys, torch
+from fisherfn import io
+for number in range(10**6):
+    io.save(sys.argv[1], {"w": torch.full((1_000_000,), float(number))})
+    print(number, flush=True)
+"""
+
+
+def test_a_process_killed_while_it_saves_leaves_a_whole_file(path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SAVING, str(path)],
+        stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parent.parent,
+    )  # fmt: skip
+    assert process.stdout is not None
+    with process:
+        while process.stdout.readline() != "3\n":
+            pass
+        time.sleep(0.003)  # in the middle of the next file
+        process.kill()
+    found = io.load(path)["w"]
+    assert len(found) == 1_000_000
+    assert found[0] >= 3
+    assert (found == found[0]).all()
 
 
 def test_unwritable_targets_are_refused(tmp_path: Path) -> None:

@@ -111,6 +111,7 @@ class Run:
                     state=self.state,
                     key=job.key,
                     on_update=finished,
+                    on_nonfinite=None,  # the estimator looks, and names the option to change
                 )
             )
         clock.add("batches", self.seconds - clock.seconds.get("checkpoints", 0.0))

@@ -91,11 +91,11 @@ def align(caller: str, like: Tree, new: Tree, *, absent: bool) -> list[Any | Non
     if treedef == other:
         cells: list[Any | None] = list(theirs)
     else:
-        where, there = _paths(like), dict(zip(_paths(new), theirs, strict=True))
+        where, there = _places(like), dict(zip(_places(new), theirs, strict=True))
         extra = [path for path in there if path not in set(where)]
         missing = [path for path in where if path not in there]
         if extra or (missing and not absent):
-            what = f"one{_at(extra[0])}" if extra else f"none{_at(missing[0])}"
+            what = f"one{_at(_path(extra[0]))}" if extra else f"none{_at(_path(missing[0]))}"
             raise TreeMismatchError(
                 f"{caller}: expected the leaves that the state began with, got {what}. Begin with "
                 "init(like) of a tree that has every leaf."
@@ -235,10 +235,18 @@ def _misfit(new: Any, mine: Any) -> str | None:
     return None
 
 
+def _places(tree: Tree) -> list[tuple[Any, ...]]:
+    """Return where each cell is, key by key."""
+    return optree.tree_flatten_with_path(tree, is_leaf=is_cell, namespace=trees.NAMESPACE)[0]
+
+
 def _paths(tree: Tree) -> list[str]:
     """Return the readable path of each cell."""
-    found = optree.tree_flatten_with_path(tree, is_leaf=is_cell, namespace=trees.NAMESPACE)[0]
-    return ["/".join([str(entry) for entry in path]) for path in found]
+    return [_path(place) for place in _places(tree)]
+
+
+def _path(place: tuple[Any, ...]) -> str:
+    return "/".join([str(entry) for entry in place])
 
 
 def _at(path: str) -> str:

@@ -193,6 +193,13 @@ def test_containers_are_kept_and_matched_by_key() -> None:
     assert reading["a"] == 0
 
 
+def test_keys_with_separators_are_no_paths() -> None:
+    like = {"a/b": torch.ones(1), "a": {"b": torch.zeros(1)}}
+    new = {"a": {"b": torch.zeros(1)}, "a/b": torch.ones(1)}
+    reading, _ = ema(0.9).update(new, ema(0.9).init(like))
+    assert (reading["a/b"], reading["a"]["b"]) == (1, 0)
+
+
 @pytest.mark.parametrize(
     ("new", "message"),
     [
