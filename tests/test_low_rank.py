@@ -348,6 +348,16 @@ def test_derivative_by_a_weight_of_zero_is_finite() -> None:
     assert all(bool(x.isfinite().all()) for x in trees.leaves(slope))
 
 
+def test_it_shares_a_pass_with_other_estimators() -> None:
+    s = KINDS["categorical_sequence"].setup()
+    both = ff.statistics(
+        rows=ff.low_rank(s.model, s.likelihood, fisher="mc", num_samples=2),
+        diag=ff.diagonal(s.model, s.likelihood, fisher="mc", num_samples=2),
+    )
+    found = both(*s.args, key=random.key(1))
+    assert_close(found["rows"].diagonal(), found["diag"].values)
+
+
 def test_the_estimator_compiles() -> None:
     s: cases.Setup = KINDS["categorical"].setup()
     fim = ff.low_rank(s.model, s.likelihood, fisher="empirical", rank=2)
