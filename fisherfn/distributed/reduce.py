@@ -4,6 +4,8 @@ Results are averages, so with N_r units on rank r the sum over ranks is Σ_r (N_
 goes over the wire is one all-reduce of their entries. States add in the same way with their weights
 (`ema`, `window`) and with the spread between ranks (`welford`). Representations that do not add
 entry by entry (bases, rows) are gathered and merged one after the other, in the order of the ranks.
+Kronecker factors add like entries: outputs with the shares of the units, inputs with those of the
+rows that they are averages over.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from fisherfn.core import merging, trees
 from fisherfn.core.errors import OptionError, UnsupportedError
-from fisherfn.curvature import BlockDiagonal, Dense, Diagonal, GradientMoments, Result
+from fisherfn.curvature import KFAC, BlockDiagonal, Dense, Diagonal, GradientMoments, Result
 from fisherfn.distributed import agree
 from fisherfn.distributed.wire import Wire, cut
 from fisherfn.io.structure import dtype_named, read
@@ -199,13 +201,10 @@ class _Sum:
             return self._tensor(cell * share.to(cell.device, cell.dtype))
         if self.sharded and not isinstance(cell, Diagonal | GradientMoments):
             _refuse_rows(type(cell).__name__)
+        if isinstance(cell, KFAC):
+            return self._kfac(cell, share)
         symmetric = isinstance(cell, Dense | BlockDiagonal)
-        none = (share == 0) | (cell.count == 0)
-        part = torch.where(none, 0.0, share.square() / torch.where(none, 1.0, cell.count))
-        spread = self.wire.scalar(part)
-        changes: dict[str, Any] = {
-            "count": torch.where(spread == 0, 0.0, 1.0 / torch.where(spread == 0, 1.0, spread))
-        }
+        changes: dict[str, Any] = {"count": self._worth(cell, share)}
         for name in cell._averages:
             changes[name] = trees.map(
                 lambda x: self._tensor(x * share.to(x.device, x.dtype), symmetric),
@@ -218,6 +217,30 @@ class _Sum:
                 errors,
             )
         return replace(cell, **changes)
+
+    def _worth(self, cell: Any, share: Tensor) -> Tensor:
+        """Return the units that an average with these shares is worth; see `joined_count`."""
+        none = (share == 0) | (cell.count == 0)
+        part = torch.where(none, 0.0, share.square() / torch.where(none, 1.0, cell.count))
+        spread = self.wire.scalar(part)
+        return torch.where(spread == 0, 0.0, 1.0 / torch.where(spread == 0, 1.0, spread))
+
+    def _kfac(self, cell: KFAC, share: Tensor) -> KFAC:
+        """Add factors; the rows of each rank count with its share of the units."""
+        mine = cell._with_count(share)
+        rows = {name: self.wire.scalar(n) for name, n in mine.rows.items()}
+        inputs, outputs = {}, {}
+        for b in cell.blocks:
+            part = _share(mine.rows[b.name], rows[b.name])
+            for factors, x, c, form in (
+                (inputs, cell.inputs[b.name], part, b.input_form),
+                (outputs, cell.outputs[b.name], share, b.output_form),
+            ):
+                factors[b.name] = self._tensor(x * c.to(x.device, x.dtype), form == "matrix")
+        rest = {p: self._tensor(x * share.to(x.device, x.dtype)) for p, x in cell.rest.items()}
+        count = self._worth(cell, share)
+        rows = {name: n * count.to(n.device, n.dtype) for name, n in rows.items()}
+        return replace(cell, inputs=inputs, outputs=outputs, rows=rows, rest=rest, count=count)
 
     def _tensor(self, x: Tensor, symmetric: bool = False) -> Tensor:
         return self.wire.shard(x) if self.sharded else self.wire.sum(x, symmetric)
@@ -240,6 +263,8 @@ def _share(mine: Tensor, total: Tensor) -> Tensor:
 
 def _adds(obj: Any) -> bool:
     """Return whether everything in an object adds entry by entry."""
+    if isinstance(obj, KFAC):
+        return all("rows" not in (b.input_form, b.output_form) for b in obj.blocks)
     if isinstance(obj, Result):
         return obj._entrywise
     if isinstance(obj, dict):

@@ -84,6 +84,10 @@ def states(rank: int) -> Any:
         name: fold(fim, ff.distributed.local_batches(batches((2, 3, 1, 4))), t)
         for name, t in TRANSFORMS.items()
     }
+    kfac = estimators()["kfac"]
+    for name in ("ema", "welford"):
+        data = ff.distributed.local_batches(batches((2, 3, 1, 4)))
+        mine[f"kfac_{name}"] = fold(kfac, data, TRANSFORMS[name])
     return {"mine": mine, "joined": ff.distributed.all_reduce(mine)}
 
 
@@ -117,7 +121,7 @@ def sharded(rank: int) -> Any:
 def traffic(rank: int) -> Any:
     """Triangles and bfloat16, with what they save and cost."""
     found = {}
-    for name in ("dense", "block_diagonal", "diagonal", "low_rank"):
+    for name in ("dense", "block_diagonal", "kfac", "diagonal", "low_rank"):
         state = fold(estimators()[name], ff.distributed.local_batches(batches())).result
         for kind, options in {
             "plain": {},
