@@ -10,7 +10,7 @@ it takes a pass of its own once a basis is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -127,6 +127,7 @@ def ekfac(
     fisher: str = "exact",
     approx: str = "expand",
     bias: str = "joint",
+    partition: Mapping[str, int] | None = None,
     num_samples: int = 1,
     unit: str = "example",
     widest: int = 8192,
@@ -147,6 +148,7 @@ def ekfac(
         approx: "expand" or "reduce", as for `kfac`: how the factors are made. Scales are exact in
             either basis.
         bias: As for `kfac`.
+        partition: As for `kfac`.
         num_samples: Draws of labels for each example.
         unit: What N counts.
         widest: As for `kfac`. In such a factor only the span of the rows has eigenvectors; the
@@ -179,6 +181,7 @@ def ekfac(
         "fisher": fisher,
         "approx": approx,
         "bias": bias,
+        "partition": partition,
         "num_samples": num_samples,
         "unit": unit,
         "widest": widest,

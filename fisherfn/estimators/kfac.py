@@ -10,6 +10,7 @@ examples. Every other parameter keeps its exact diagonal, so that the result is 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -201,7 +202,24 @@ def check_settings(
             f"{caller}: expected widest= to be an integer of at least 1, got {widest!r}. It is the "
             "size of the largest factor that is kept as a matrix."
         )
-    return labels, Settings(options["approx"], options["bias"], widest, fisher, num_samples)
+    partition = _partition(caller, options["partition"])
+    made = options["approx"], options["bias"], widest, partition, fisher, num_samples
+    return labels, Settings(*made)
+
+
+def _partition(caller: str, given: Any) -> tuple[tuple[str, int], ...]:
+    """Return the option as pairs, checked."""
+    if given is None:
+        return ()
+    pairs: list[Any] = list(given.items()) if isinstance(given, Mapping) else [(None, given)]
+    for path, many in pairs:
+        number = isinstance(many, int) and not isinstance(many, bool) and many >= 1
+        if not (isinstance(path, str) and number):
+            raise OptionError(
+                f"{caller}: expected partition= to be a dict from paths of weights to numbers of "
+                f"blocks, got {given!r}. For four heads: {{'attn.q.weight': 4}}."
+            )
+    return tuple(pairs)
 
 
 def kfac(
@@ -211,6 +229,7 @@ def kfac(
     fisher: str = "exact",
     approx: str = "expand",
     bias: str = "joint",
+    partition: Mapping[str, int] | None = None,
     num_samples: int = 1,
     unit: str = "example",
     widest: int = 8192,
@@ -232,6 +251,8 @@ def kfac(
             rows of an embedding are always observations.
         bias: "joint": an input that is always one, in the block of its weight; "separate": a block
             G of its own; "diagonal": its exact diagonal.
+        partition: Into how many blocks that do not interact the outputs of a weight are cut, by its
+            path: heads, for instance.
         num_samples: Draws of labels for each example.
         unit: What N counts: "example" or "position".
         widest: Factors of more rows are not formed, as for the outputs of a large vocabulary. Their
@@ -266,6 +287,7 @@ def kfac(
         "fisher": fisher,
         "approx": approx,
         "bias": bias,
+        "partition": partition,
         "num_samples": num_samples,
         "unit": unit,
         "widest": widest,

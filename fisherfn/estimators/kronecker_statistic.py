@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fisherfn.capture.plan import Plan
 from fisherfn.core import trees
-from fisherfn.core.errors import DataError
+from fisherfn.core.errors import DataError, OptionError
 from fisherfn.core.modes import concrete
+from fisherfn.curvature.common import at
 from fisherfn.curvature.kronecker import Block, Piece
 from fisherfn.estimators.kronecker_roles import Role, Roles, steps_of
 from fisherfn.estimators.observe import Observed
@@ -30,6 +31,7 @@ class Settings:
     approx: str = "expand"
     bias: str = "joint"
     widest: int = 8192
+    partition: tuple[tuple[str, int], ...] = ()
     fisher: str = "exact"
     num_samples: int = 1
 
@@ -71,6 +73,12 @@ class KroneckerStatistic(Statistic):
     def begin(self, params: Any) -> None:
         """Learn paths and shapes."""
         self.paths, self.leaves = trees.paths(params), trees.leaves(params)
+        for path, _ in self.settings.partition:
+            if path not in self.paths:
+                raise OptionError(
+                    f"kfac: expected partition= to name weights among {self.paths}, got {path!r}. "
+                    "Use the paths of ff.tree.paths(params)."
+                )
 
     def plan(self, plan: Plan) -> None:
         """Learn which parameters have blocks."""
@@ -129,7 +137,7 @@ class KroneckerStatistic(Statistic):
         else:
             groups, outputs, inputs = form.shape
             steps = steps_of(view, form.shape)
-        parts = role.parts
+        parts = self._parts(path, role, form, outputs)
         if parts > 1:
             cut = (groups * parts, outputs // parts, inputs)
             steps = (*steps, ("reshape", tuple(form.shape), cut))
@@ -151,6 +159,16 @@ class KroneckerStatistic(Statistic):
             "diagonal" if isinstance(form, Lookup) else "rows" if inputs > s.widest else "matrix",
         )
         return Place(block, leaf, role.number or 0, parts, factor(view))
+
+    def _parts(self, path: str, role: Role, form: Form, outputs: int) -> int:
+        """Return into how many blocks the outputs are cut."""
+        parts = dict(self.settings.partition).get(path, role.parts)
+        if parts > 1 and (isinstance(form, Lookup) or outputs % parts):
+            raise OptionError(
+                f"kfac: expected partition= to divide the {outputs} outputs of a layer, got "
+                f"{parts}{at(path)}. A table has no partition; heads have one size."
+            )
+        return parts
 
     def ordered(self) -> list[Place]:
         """Return the places in the order of the parameters."""

@@ -342,24 +342,6 @@ def test_a_basis_of_another_model_is_refused() -> None:
         ff.ekfac(case.model, case.likelihood, basis=case.args[0])
 
 
-@pytest.mark.parametrize("make", [ff.kfac, ff.ekfac])
-def test_options_are_checked_at_once(make: Any) -> None:
-    case = CASES["linear"]()
-    name = make.__name__
-    for options, message in (
-        ({"approx": "sum"}, f"{name}: expected approx= to be one of 'expand', 'reduce', got 'sum'"),
-        ({"bias": True}, f"{name}: expected bias= to be one of 'joint', 'separate', 'diagonal'"),
-        ({"fisher": "true"}, f"{name}: expected fisher= to be one of"),
-        ({"fisher": "exact", "num_samples": 2}, "expected num_samples=1"),
-        ({"unit": "token"}, "expected unit="),
-    ):
-        with pytest.raises(ff.OptionError, match=message):
-            make(case.model, case.likelihood, **options)
-    if make is ff.ekfac:
-        with pytest.raises(ff.OptionError, match="ekfac: expected fisher= to be one of"):
-            make(case.model, case.likelihood, fisher="forward_only")
-
-
 def test_fields_that_do_not_fit_are_refused() -> None:
     K, E, _ = results("linear")
     with pytest.raises(ff.TreeMismatchError, match="KFAC: expected an output factor for each"):
