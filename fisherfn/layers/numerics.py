@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,9 +47,10 @@ def convolution_precision(like: Tensor) -> Iterator[None]:
     torch lets convolutions round float32 to TensorFloat-32 by default, but not matrix products.
     The contraction of a convolution is a matrix product; it follows the choice for convolutions.
     """
+    cudnn: Any = torch.backends.cudnn  # its attributes are made at import, unseen by type checkers
     matmul = torch.backends.cuda.matmul
     ours = like.device.type == "cuda" and not transformed()
-    if not ours or torch.backends.cudnn.conv.fp32_precision != "tf32":
+    if not ours or cudnn.conv.fp32_precision != "tf32":
         yield
         return
     before = matmul.fp32_precision

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
+from torch.nn.grad import conv2d_weight
 
 import cases
 import fisherfn as ff
@@ -51,15 +54,16 @@ def test_precision_follows_the_convolutions(precision: str) -> None:
         layer = torch.nn.Conv2d(64, 64, 3).cuda()
         x, g = torch.randn(4, 64, 16, 16).cuda(), torch.randn(4, 64, 14, 14).cuda()
     model, params, buffers = ff.functional(layer)
-    exact = torch.nn.grad.conv2d_weight(x.double(), layer.weight.shape, g.double())
-    before = torch.backends.cudnn.conv.fp32_precision, torch.backends.cuda.matmul.fp32_precision
-    torch.backends.cudnn.conv.fp32_precision = precision
+    exact = conv2d_weight(x.double(), layer.weight.shape, g.double())
+    cudnn: Any = torch.backends.cudnn
+    before = cudnn.conv.fp32_precision
+    cudnn.conv.fp32_precision = precision
     try:
         inner = torch.backends.cuda.matmul.fp32_precision
         got = ff.capture(model)(params, buffers, x).pullback(g)["weight"].sum()
         assert torch.backends.cuda.matmul.fp32_precision == inner
     finally:
-        torch.backends.cudnn.conv.fp32_precision = before[0]
+        cudnn.conv.fp32_precision = before
     error = ((got.double() - exact).norm() / exact.norm()).item()
     assert (error < 1e-6) == (precision == "ieee"), error
     assert error < 1e-2
