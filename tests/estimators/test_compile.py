@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -103,12 +104,18 @@ def problem(kind: str, unit: str = "example") -> Problem:
     )
 
 
+def of_examples() -> list[Any]:
+    """The members that count examples; those with Kronecker blocks take ten seconds each."""
+    found = []
+    for name, m in testing.ESTIMATORS.items():
+        slow = "kfac" in name and name not in ("kfac-mc-example", "ekfac-mc-example")
+        if m.unit == "example":
+            found.append(pytest.param(m, marks=pytest.mark.slow) if slow else m)
+    return found
+
+
 @pytest.mark.parametrize("kind", ["mlp", "cnn", "transformer"])
-@pytest.mark.parametrize(
-    "member",
-    [m for m in testing.ESTIMATORS.values() if m.unit == "example"],
-    ids=str,
-)
+@pytest.mark.parametrize("member", of_examples(), ids=str)
 def test_compiled_is_eager(member: testing.Member, kind: str) -> None:
     testing.compiled(member, problem(kind))
 
