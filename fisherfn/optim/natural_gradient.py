@@ -80,13 +80,16 @@ class _Rule:
         buffers: Tree = None,
         batch: Batch | None = None,
         key: Tensor | None = None,
+        refresh: bool | None = None,
         inplace: bool = False,
     ) -> tuple[Tree, NaturalGradientState]:
         """Return the step δ, to be added to the parameters, and the state after it."""
         caller = self.stream.caller
         self._check(caller, grads, state, params, batch)
         fixed = None if params is None else trees.map(lambda x: x.detach(), params)
-        curvature = self.stream.update(state.curvature, state.step, fixed, buffers, batch, key)
+        curvature = self.stream.update(
+            state.curvature, state.step, fixed, buffers, batch, key, refresh
+        )
         state = state._replace(curvature=curvature)
         damping = self._damping(caller, state, grads)
         shift = damping + self.decay if self.decay else damping
@@ -263,7 +266,8 @@ def natural_gradient(
         decay: Of the exponential average of the curvature; 0 uses the latest alone.
         update_every: Steps between two estimates of the curvature.
         invert_every: Steps between two inversions of its average. Under `torch.compile`, where the
-            step has no value, both periods have to be 1 to save anything.
+            step has no value, everything is computed and the periods only choose; there, compile
+            one function with `update(..., refresh=True)` and one with `refresh=False`.
         momentum: μ of v ← μ v + (F + λI)⁻¹ g, δ = -ε v; or "exact", with `learning_rate=None`: the
             last step is a second direction over which M is minimised.
         kl_clip: Largest ε² gᵀ(F + λI)⁻¹ g, about twice the divergence (in nats) of the model after

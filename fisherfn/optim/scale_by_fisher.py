@@ -86,6 +86,7 @@ def scale_by_fisher(
         buffers: Tree = None,
         batch: Batch | None = None,
         key: Tensor | None = None,
+        refresh: bool | None = None,
         inplace: bool = False,
     ) -> tuple[Tree, ScaleByFisherState]:
         if not isinstance(state, ScaleByFisherState):
@@ -101,7 +102,7 @@ def scale_by_fisher(
         if params is not None:
             trees.check_like(f"{caller}.update", "grads", grads, params)
         fixed = None if params is None else trees.map(lambda x: x.detach(), params)
-        curvature = source.update(state.curvature, state.step, fixed, buffers, batch, key)
+        curvature = source.update(state.curvature, state.step, fixed, buffers, batch, key, refresh)
         state = state._replace(curvature=curvature)
         value: Any = rule
         if isinstance(rule, Jeffreys):

@@ -68,6 +68,7 @@ class Stream:
         buffers: Tree,
         batch: Batch | None,
         key: Tensor | None,
+        refresh: bool | None = None,
     ) -> CurvatureState:
         """Return the state after one more step: with a new estimate or inverse, if they are due."""
         first = state.inverse is None
@@ -82,8 +83,7 @@ class Stream:
         self._check_key(key)
         if key is not None:
             key = random.fold_in(key, step.to(key.device))
-        inverted = True if first else _due(step, self.invert_every)
-        updated = True if first else _due(step, self.update_every)
+        inverted, updated = self._now(step, first, refresh)
         if not self.decay:
             # an estimate that is not inverted would be lost
             after = state if inverted is False else self._latest(params, buffers, batch, key)
@@ -98,6 +98,19 @@ class Stream:
             return after
         fresh = after._replace(inverse=self.invert(average.mean))
         return fresh if inverted is True else _choose(inverted, fresh, after)
+
+    def _now(self, step: Tensor, first: bool, refresh: Any) -> tuple[bool | Tensor, bool | Tensor]:
+        """Return whether an inversion and an estimate are due."""
+        if refresh is None:
+            periods = self.invert_every, self.update_every
+            inverted, updated = [True if first else _due(step, every) for every in periods]
+            return inverted, updated
+        if not isinstance(refresh, bool):
+            raise OptionError(
+                f"{self.caller}.update: expected refresh to be True, False or None, got "
+                f"{refresh!r}. None leaves it to update_every and invert_every."
+            )
+        return first or refresh, first or refresh
 
     def _latest(self, params: Tree, buffers: Tree, batch: Batch, key: Any) -> CurvatureState:
         return CurvatureState(None, self.invert(self._estimate(params, buffers, batch, key)))
@@ -146,20 +159,18 @@ class EigenStream(Stream):
         buffers: Tree,
         batch: Batch | None,
         key: Tensor | None,
+        refresh: bool | None = None,
     ) -> CurvatureState:
         """Return the state after one more step: with new factors, basis or scales."""
         first = state.inverse is None
         if batch is None or not self.decay:
-            return super().update(state, step, params, buffers, batch, key)
+            return super().update(state, step, params, buffers, batch, key, refresh)
         self._check_key(key)
-        inverted, updated = [
-            first or _due(step, every) for every in (self.invert_every, self.update_every)
-        ]
+        inverted, updated = self._now(step, first, refresh)
         if not (isinstance(inverted, bool) and isinstance(updated, bool)):
             raise UnsupportedError(
-                f"{self.caller}: expected update_every=1 and invert_every=1 for ekfac where steps "
-                "have no value (torch.compile, torch.vmap), got others. Use kfac, or call update "
-                "outside."
+                f"{self.caller}: expected refresh=True or False for ekfac where steps have no "
+                "value (torch.compile, torch.vmap), got None. Compile one function for each."
             )
         if not (inverted or updated):
             return state

@@ -30,7 +30,9 @@ class GradientTransform(NamedTuple):
     Attributes:
         init: `init(params) -> state`.
         update: `update(grads, state, params=None, *, buffers=None, batch=None, key=None,
-            inplace=False) -> (updates, state)`.
+            refresh=None, inplace=False) -> (updates, state)`. The curvature is estimated on `batch`
+            with `key`; `refresh=True` or `False` says that it is due now, or not, whatever the
+            periods are.
     """
 
     init: Callable[[Tree], Any]
@@ -40,7 +42,7 @@ class GradientTransform(NamedTuple):
         """Fix the data of a step, for a caller that passes none, such as `torchopt.chain`.
 
         Args:
-            **data: Keywords of `update`: `buffers`, `batch`, `key`.
+            **data: Keywords of `update`: `buffers`, `batch`, `key`, `refresh`.
 
         Returns:
             The same pair, whose `update` takes gradients, state and parameters only.

@@ -231,6 +231,31 @@ def test_nothing_is_clipped_below_the_bound() -> None:
     close(flat(steps[0]), flat(steps[1]), 1e-14)
 
 
+@pytest.mark.parametrize("name", [*ESTIMATORS, "implicit"])
+def test_every_curvature_trains(name: str) -> None:
+    model, params, buffers = network()
+    batch = data()
+    free = name == "implicit"
+    opt = optim.natural_gradient(
+        (ff.implicit if free else ESTIMATORS[name])(model, LIK),
+        learning_rate=0.5,
+        momentum=0.5,
+        damping=0.05,
+        decay=0.0 if free else 0.8,
+        update_every=2,
+        invert_every=1 if free else 4,
+        kl_clip=0.5,
+    )
+    state, losses = opt.init(params), []
+    for _ in range(25):
+        z = model(params, buffers, batch.inputs)
+        losses.append(nn.functional.cross_entropy(z, batch.targets).item())
+        grads = gradient(model, params, buffers, batch)
+        step, state = opt.update(grads, state, params, buffers=buffers, batch=batch)
+        params = optim.apply_updates(params, step)
+    assert losses[-1] < 0.25 * losses[0]
+
+
 # ---- purity --------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import fisherfn as ff
 from fisherfn import optim
 from fisherfn.core import random, trees
-from fisherfn.core.errors import NotPositiveDefiniteError, UnsupportedError
+from fisherfn.core.errors import NotPositiveDefiniteError, OptionError, UnsupportedError
 from fisherfn.curvature import EKFAC, KFAC, LowRank
 from fisherfn.curvature.kronecker_factors import full_of
 from fisherfn.optim.stream import bounded
@@ -192,5 +192,25 @@ def test_periods_of_ekfac_need_steps_with_values() -> None:
     def step(params: Any) -> Any:
         return opt.update(grads, state, params, buffers=buffers, batch=data(1))[0]
 
-    with pytest.raises(UnsupportedError, match="expected update_every=1 and invert_every=1 for ek"):
+    with pytest.raises(UnsupportedError, match="expected refresh=True or False for ekfac where"):
         torch.vmap(step)(trees.map(lambda p: p[None], params))
+
+
+@pytest.mark.parametrize("make", [ff.kfac, ff.ekfac, ff.diagonal])
+def test_what_is_due_can_be_said(make: Any) -> None:
+    model, params, buffers = network()
+    opt = optim.scale_by_fisher(make(model, LIK), decay=0.5, invert_every=3, damping=0.1)
+    grads, state = trees.map(torch.ones_like, params), opt.init(params)
+    given: Any = {"buffers": buffers}
+    _, state = opt.update(grads, state, params, batch=data(0), refresh=False, **given)
+    assert state.curvature.inverse is not None  # the first step has nothing else to go by
+    _, kept = opt.update(grads, state, params, batch=data(1), refresh=False, **given)
+    assert kept.curvature is state.curvature or all(
+        torch.equal(a, b)
+        for a, b in zip(trees.leaves(kept.curvature), trees.leaves(state.curvature), strict=True)
+    )
+    _, new = opt.update(grads, state, params, batch=data(1), refresh=True, **given)
+    both = states(make, 2, labels="exact", decay=0.5)[-1]
+    close(new.curvature.inverse.matrix.to_dense(), both.inverse.matrix.to_dense())
+    with pytest.raises(OptionError, match=r"update: expected refresh to be True, False or None, g"):
+        opt.update(grads, state, params, batch=data(1), refresh=1, **given)
