@@ -85,13 +85,15 @@ def test_float32_lstm_has_a_hessian() -> None:
 
 
 def test_no_derivative_at_all_is_an_error() -> None:
+    once: Any = torch.autograd.function.once_differentiable
+
     class Once(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
+        def forward(ctx: Any, x: Tensor) -> Any:
             return x * 2
 
         @staticmethod
-        @torch.autograd.function.once_differentiable
+        @once
         def backward(ctx: Any, *grads: Any) -> Any:
             return grads[0] * 2
 

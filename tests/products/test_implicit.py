@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.utils._pytree as pytree
 from torch import Tensor
 
 import cases
@@ -176,8 +177,8 @@ def test_sample_and_roots_name_what_can(s: cases.Setup) -> None:
 def test_it_is_a_pytree(s: cases.Setup) -> None:
     F, dense = both(s)
     v = vector(s.params)
-    leaves, structure = torch.utils._pytree.tree_flatten(F)
-    again = torch.utils._pytree.tree_unflatten(leaves, structure)
+    leaves, structure = pytree.tree_flatten(F)
+    again = pytree.tree_unflatten(leaves, structure)
     assert_close(again.mv(v), dense.mv(v), rtol=1e-10)
     stacked = ff.tree.map(lambda p: torch.stack([p, 2 * p]), s.params)
     make = ff.implicit(s.model, s.likelihood)

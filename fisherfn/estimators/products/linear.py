@@ -252,6 +252,8 @@ def _recorded(function: Function, leaves: list[Tensor]) -> Linear:
     detached = [z.detach() for z in outputs]
     push = player(tape, detached)
     pull = _puller(outputs, live)
+    if tape.convolves:  # one by one is twice as fast
+        return Linear(detached, push, pull, loop(push), loop(pull))
     many = mapped(push)
     return Linear(detached, push, pull, many, batched(pull))
 

@@ -157,6 +157,51 @@ def _needed(steps: Sequence[Step], ends: Sequence[int | None]) -> list[Step]:
     return kept[::-1]
 
 
+@dataclass(frozen=True)
+class _Call:
+    """A step made ready to run: which arguments to fill in, and how to pass them."""
+
+    function: Any
+    arguments: tuple[Any, ...]
+    slots: tuple[tuple[int, int], ...]
+    positional: int
+    keywords: tuple[str, ...] | None
+    structure: Any
+    results: tuple[int | None, ...]
+    first: int
+
+    @staticmethod
+    def of(step: Step) -> _Call:
+        """Prepare a step; nested arguments are put together anew each time."""
+        slots = [(i, a.index) for i, a in enumerate(step.arguments) if isinstance(a, Slot)]
+        args, kwargs = pytree.tree_unflatten(range(len(step.arguments)), step.structure)
+        plain = [*args, *kwargs.values()] == list(range(len(step.arguments)))
+        first = next((r for r in step.results if r is not None), -1)
+        return _Call(
+            step.function,
+            step.arguments,
+            tuple(slots),
+            len(args),
+            tuple(kwargs) if plain else None,
+            step.structure,
+            step.results,
+            first,
+        )
+
+    def run(self, values: dict[int, Any]) -> Any:
+        """Run it on the tangents so far."""
+        flat = list(self.arguments)
+        for place, slot in self.slots:
+            flat[place] = values[slot]
+        if self.keywords is None:
+            args, kwargs = pytree.tree_unflatten(flat, self.structure)
+            return self.function(*args, **kwargs)
+        if not self.keywords:
+            return self.function(*flat)
+        kwargs = dict(zip(self.keywords, flat[self.positional :], strict=True))
+        return self.function(*flat[: self.positional], **kwargs)
+
+
 class Tape:
     """A recorded linear map."""
 
@@ -174,10 +219,16 @@ class Tape:
             for r in step.results:
                 if r is not None:
                     last.setdefault(r, number)
+        self._calls = [_Call.of(step) for step in self._steps]
         self._done: list[list[int]] = [[] for _ in self._steps]
         for slot, number in last.items():
             if slot not in self._ends:
                 self._done[number].append(slot)
+
+    @property
+    def convolves(self) -> bool:
+        """Whether a step is a convolution, which a batch of weights makes slow."""
+        return any("convolution" in str(step.function) for step in self._steps)
 
     def play(self, tangents: Sequence[Tensor]) -> list[Tensor | None]:
         """Return the map of these tangents; None stands for zero."""
@@ -185,13 +236,13 @@ class Tape:
         given = [t.clone() for t in tangents] if self._copies else tangents
         values: dict[int, Any] = dict(zip(self._inputs, given, strict=True))
         with torch.no_grad():
-            for step, done in zip(self._steps, self._done, strict=True):
-                flat = [values[a.index] if isinstance(a, Slot) else a for a in step.arguments]
-                args, kwargs = pytree.tree_unflatten(flat, step.structure)
-                out = step.function(*args, **kwargs)
-                results = [out] if isinstance(out, Tensor) else pytree.tree_flatten(out)[0]
-                named = zip(step.results, results, strict=True)
-                values.update((slot, value) for slot, value in named if slot is not None)
+            for call, done in zip(self._calls, self._done, strict=True):
+                out = call.run(values)
+                if isinstance(out, Tensor):
+                    values[call.first] = out
+                else:
+                    named = zip(call.results, pytree.tree_flatten(out)[0], strict=True)
+                    values.update((slot, value) for slot, value in named if slot is not None)
                 for slot in done:
-                    values.pop(slot, None)
+                    del values[slot]
         return [None if end is None else values[end] for end in self._ends]
