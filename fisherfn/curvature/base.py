@@ -133,7 +133,7 @@ class Result(abc.ABC):
                 "For a batch of results, map over its leading axis with torch.vmap."
             )
 
-    def _check_pair(self, caller: str, other: Result) -> None:
+    def _check_pair(self, caller: str, other: Result, checked: bool = False) -> None:
         """Check that another result is of the same class, kind, unit and structure."""
         if type(other) is not type(self):
             raise OptionError(
@@ -147,7 +147,8 @@ class Result(abc.ABC):
                     f"{caller}: expected two results with the same {name}, got {ours!r} and "
                     f"{theirs!r}. Compute both with the same options."
                 )
-        self._check(caller)
+        if not checked:  # what is in a state was, when it was put there
+            self._check(caller)
         other._check(caller)
         self._check_same(caller, other)
 
@@ -187,7 +188,7 @@ class Result(abc.ABC):
         Factors and entries are averaged, never products of them; a basis has to be the same. The
         count is the number of units whose plain average would have the same standard error.
         """
-        self._check_pair("states", other)
+        self._check_pair("states", other, checked=True)
         kept = 1.0 - share
         count = joined_count(self.count, kept, other.count, share)
         if not self._entrywise:
