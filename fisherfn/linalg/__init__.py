@@ -11,5 +11,6 @@ from fisherfn.linalg.results import Solution as Solution
 from fisherfn.linalg.slq import Density as Density
 from fisherfn.linalg.slq import density as density
 from fisherfn.linalg.slq import slq as slq
+from fisherfn.linalg.xnystrace import xnystrace as xnystrace
 from fisherfn.linalg.xtrace import xdiag as xdiag
 from fisherfn.linalg.xtrace import xtrace as xtrace

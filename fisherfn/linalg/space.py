@@ -247,7 +247,7 @@ class Basis:
         self.count = len(coefficients)
 
     def release(self, coefficients: Tensor) -> Block:
-        """Return the combinations `coefficients [m, count]`, and let go of the vectors meanwhile."""
+        """Return the combinations `coefficients [m, count]` and let go of the vectors meanwhile."""
         own, found = self.vectors, []
         self._vectors, self.count = None, 0
         for i in range(len(own)):
