@@ -76,7 +76,8 @@ def decompose(factors: Sequence[Tensor], forms: Sequence[str]) -> list[Eigen]:
 def _eigh(stack: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return eigenvalues [N, n], eigenvectors [N, n, n] and whether each matrix is finite, [N]."""
     good = torch.isfinite(stack).flatten(1).all(-1)
-    safe = torch.where(good[:, None, None], stack, torch.zeros_like(stack))
+    fine = concrete(stack) and bool(good.all())
+    safe = stack if fine else torch.where(good[:, None, None], stack, torch.zeros_like(stack))
     values, vectors = _eigh_or_retry(safe)
     level = stack.shape[-1] * torch.finfo(stack.dtype).eps * _largest(values)
     if stack.requires_grad or in_functorch():

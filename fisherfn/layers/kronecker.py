@@ -28,7 +28,7 @@ from fisherfn.layers.numerics import (
 from fisherfn.layers.outer import Outer
 
 # Products of fewer columns are not split: starting one costs more than it saves.
-_SPLIT = 192
+_SPLIT = 64
 _DEPTH = 2
 
 
