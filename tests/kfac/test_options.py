@@ -39,9 +39,10 @@ def test_a_partition_keeps_the_blocks_of_a_layer_apart(name: str, approx: str) -
 
 def test_partitions_are_checked() -> None:
     case = CASES["linear"]()
+    bad: Any
     for bad in (4, {"head.weight": 0}, {"head.weight": True}, {3: 3}):
         with pytest.raises(ff.OptionError, match="kfac: expected partition= to be a dict from"):
-            ff.kfac(case.model, case.likelihood, partition=bad)  # pyright: ignore
+            ff.kfac(case.model, case.likelihood, partition=bad)
     with pytest.raises(ff.OptionError, match=r"partition= to name weights among .* got 'heads'"):
         ff.kfac(case.model, case.likelihood, partition={"heads": 3})(*case.args)
     with pytest.raises(ff.OptionError, match=r"divide the 3 outputs of a layer, got 2 at head"):
