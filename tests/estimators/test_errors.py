@@ -177,7 +177,9 @@ def assert_helpful(error: Exception, member: testing.Member) -> None:
     """What was called, what was expected, what came, and a second sentence with what to do."""
     text = str(error)
     function = getattr(member.transformation, "__name__", "")
+    # what a member calls speaks for itself: `statistics` of others, bases, matrices of products
     names = [function, "diagonal", "gradient_moments", "block_diagonal", "statistics", "Batch"]
+    names += ["kfac", "implicit"]
     assert any(text.startswith(name) for name in names if not name.startswith("_")), text
     assert "expected" in text, text
     assert "got" in text, text

@@ -40,11 +40,17 @@ def test_law(
 
 
 def test_every_estimator_of_the_package_is_a_member() -> None:
-    """A new estimator that does not join the table fails here."""
+    """A new estimator that does not join the table fails here.
+
+    Products take a tangent besides; `implicit` makes matrices of them, and those have joined.
+    """
+    with_tangents = ("products", "hessian", "jacobian")
     offered = {
         name
         for name, thing in vars(ff).items()
-        if inspect.isfunction(thing) and thing.__module__.startswith("fisherfn.estimators.")
+        if inspect.isfunction(thing)
+        and thing.__module__.startswith("fisherfn.estimators.")
+        and thing.__module__.split(".")[2] not in with_tangents
     }
     joined = {member.transformation.__name__ for member in MEMBERS}
     assert offered - {"statistics", "explain"} <= joined
