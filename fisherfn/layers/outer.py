@@ -24,7 +24,7 @@ from fisherfn.layers.numerics import (
 
 # On a CPU a score of this many bytes is formed, squared and added while it is in the cache; batched
 # products of smaller ones cost less than their calls.
-_CPU_SCORE = 64 * 2**10
+_CPU_SCORE = 256 * 2**10
 
 
 @dataclass(frozen=True)
