@@ -209,6 +209,9 @@ class EagerRun(Run):
         # hooks belong to the graph, and so must not lead back to whoever holds the graph: such a
         # cycle passes through C++, where the garbage collector cannot see it
         mailbox = self._mailbox = _Mailbox()
+        # the backward of a convolution has no batching rule: torch loops over the columns and
+        # copies all that it finds, for every layer of the model
+        self._serial = any("convolution" in tap.rule for tap in plan.taps)
         seed = torch.empty(0, requires_grad=True)
 
         def tap(index: int, tap: Tap, out: Tensor) -> Tensor:
@@ -261,7 +264,7 @@ class EagerRun(Run):
             return
         outputs, many = [out for out, _ in pairs], [c for _, c in pairs]
         columns = many[0].shape[0]
-        if columns > 1:
+        if columns > 1 and not self._serial:
             found = self._batched(outputs, many, last)
             if found is not None:
                 arrived = {i for i, g in enumerate(found) if g is not None}

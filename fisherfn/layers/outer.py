@@ -58,9 +58,12 @@ class Outer(Form):
             return accumulate(total, self._factored())
         if in_place_allowed() and self._large():
             return self._one_by_one(total)
-        for start, stop in blocks(self.batch, self.score_bytes, self.a):
-            s = self.part(start, stop).scores()
-            total = accumulate(total, sum_of_squares(s, own=True))
+        each = self.score_bytes // self.columns
+        for k in range(self.columns):  # a product of all columns would copy the inputs for each
+            column = Outer(self.a, self.g[k : k + 1])
+            for start, stop in blocks(self.batch, each, self.a):
+                s = column.part(start, stop).scores()
+                total = accumulate(total, sum_of_squares(s, own=True))
         assert total is not None
         return total
 
