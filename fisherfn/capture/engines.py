@@ -31,6 +31,8 @@ class Run(ABC):
 
     outputs: Any
     kept: list[tuple[Tensor, ...]]
+    #: Whether columns are better pulled back one after the other than together.
+    serial: bool = False
 
     @abstractmethod
     def pull(self, cotangents: Any, receive: Receiver, *, last: bool) -> None:
@@ -211,7 +213,7 @@ class EagerRun(Run):
         mailbox = self._mailbox = _Mailbox()
         # the backward of a convolution has no batching rule: torch loops over the columns and
         # copies all that it finds, for every layer of the model
-        self._serial = any("convolution" in tap.rule for tap in plan.taps)
+        self.serial = any("convolution" in tap.rule for tap in plan.taps)
         seed = torch.empty(0, requires_grad=True)
 
         def tap(index: int, tap: Tap, out: Tensor) -> Tensor:
@@ -264,7 +266,7 @@ class EagerRun(Run):
             return
         outputs, many = [out for out, _ in pairs], [c for _, c in pairs]
         columns = many[0].shape[0]
-        if columns > 1 and not self._serial:
+        if columns > 1:
             found = self._batched(outputs, many, last)
             if found is not None:
                 arrived = {i for i, g in enumerate(found) if g is not None}
@@ -274,11 +276,21 @@ class EagerRun(Run):
                     if g is not None:
                         receive(index, g)
                 return
+        arriving: list[list[Tensor]] = [[] for _ in self._shapes]
+
+        def collect(index: int, g: Tensor) -> None:
+            arriving[index].append(g)
+
+        deliver = receive if columns == 1 else collect
         for k in range(columns):
             keep = not last or k < columns - 1
-            with self._mailbox.opened(receive) as seen:
+            with self._mailbox.opened(deliver) as seen:
                 self._backward(outputs, [c[k] for c in many], keep)
-            self._missing(receive, seen, 1)
+            self._missing(deliver, seen, 1)
+        for index, parts in enumerate(arriving):  # all columns of a tap belong together
+            if parts:
+                receive(index, torch.cat(parts))
+                parts.clear()
 
     def _backward(self, outputs: list[Tensor], cotangents: list[Tensor], keep: bool) -> None:
         try:

@@ -250,7 +250,7 @@ class _Loop:
 
     def _column_step(self, captured: Captured, columns: int) -> int:
         """Return how many columns are pulled back together."""
-        if columns == 1:
+        if columns == 1 or captured.run.serial:
             return 1
         each = sum(t.numel() * t.element_size() for t in trees.leaves(captured.outputs))
         for group in captured.run.kept:

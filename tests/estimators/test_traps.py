@@ -227,3 +227,39 @@ def test_frozen_parameters_are_constants() -> None:
 def test_tied_parameters_come_once() -> None:
     s = cases.ALL["tied_embedding_and_head"].setup()
     assert list(s.params) == ["embed.weight", "mix.weight", "mix.bias"]
+
+
+class _Unbatchable(torch.autograd.Function):
+    """Doubles its input; its backward looks at a value, which no batched backward can."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        return 2.0 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> torch.Tensor:
+        assert grads[0].sum().item() == grads[0].sum().item()
+        return 2.0 * grads[0]
+
+
+@pytest.mark.parametrize("fisher", ["exact", "mc"])
+def test_columns_that_cannot_go_together(fisher: str) -> None:
+    """All columns of all parameters meet again, for statistics that join them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        first, second = torch.nn.Linear(2, 3).double(), torch.nn.Linear(3, 4).double()
+        x = torch.randn(5, 2, dtype=torch.float64)
+    params = {**{f"a.{n}": p.detach() for n, p in first.named_parameters()}}
+    params |= {f"b.{n}": p.detach() for n, p in second.named_parameters()}
+
+    def model(middle: Any) -> Any:
+        linear = torch.nn.functional.linear
+        return lambda p, b, x: linear(
+            middle(linear(x, p["a.weight"], p["a.bias"])), p["b.weight"], p["b.bias"]
+        )
+
+    args, lik = (params, {}, ff.Batch(x)), ff.likelihoods.categorical()
+    key = ff.random.key(0)
+    got = ff.dense(model(_Unbatchable.apply), lik, fisher=fisher)(*args, key=key)
+    want = ff.dense(model(lambda h: 2.0 * h), lik, fisher=fisher)(*args, key=key)
+    torch.testing.assert_close(got.to_dense(), want.to_dense())
