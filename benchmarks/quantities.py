@@ -142,6 +142,9 @@ def _estimate(workload: Workload, quantity: Quantity, compiled: bool) -> Callabl
     model, params, buffers = ff.functional(workload.module)
     estimator = quantity.make(model, ff.likelihoods.categorical())
     if compiled:
+        import torch._dynamo
+
+        torch._dynamo.config.recompile_limit = 64  # all callable objects count as one function
         estimator = torch.compile(estimator, fullgraph=True)
     keywords = {"key": _key(workload)} if quantity.random else {}
     return lambda: estimator(params, buffers, workload.batch, **keywords)
