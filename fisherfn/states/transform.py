@@ -172,8 +172,8 @@ def scalar_dtype(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def check_weight(caller: str, weight: Weight, default: Any, like: Tensor) -> float | Tensor:
-    """Return a weight, checked: a number, or a 0-d tensor of the dtype and on the device of `like`.
+def check_weight(caller: str, weight: Weight, default: Any, like: Tensor) -> Tensor:
+    """Return a weight, checked, as a 0-d tensor of the dtype and on the device of `like`.
 
     Args:
         caller: The public function on whose behalf this is checked.
@@ -207,7 +207,10 @@ def check_weight(caller: str, weight: Weight, default: Any, like: Tensor) -> flo
         raise DataError(
             f"{caller}: expected a finite weight >= 0, got {value:g}. Weights count units."
         )
-    return given.to(like.device, like.dtype) if isinstance(given, Tensor) else float(given)
+    if isinstance(given, Tensor):
+        return given.to(like.device, like.dtype)
+    # a tensor: torch divides a number by a tensor through the reciprocal, and w / w is not 1 then
+    return torch.full((), float(given), dtype=like.dtype, device=like.device)
 
 
 def check_dtype(caller: str, dtype: Any) -> None:

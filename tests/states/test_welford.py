@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from states.streams import STREAMS, count, tree
 from states.test_ema import averaged as entries
@@ -36,6 +36,7 @@ def two_passes(members: list[Any], weights: list[float]) -> tuple[Any, Any]:
 
 
 @given(weights=WEIGHTS, offset=st.sampled_from([0.0, 1e3]))
+@example(weights=[1.2141918054028362, 1.0], offset=1e3)  # whose reciprocal times itself is not 1
 def test_it_is_the_two_pass_moments(weights: list[float], offset: float) -> None:
     members = [trees.map(lambda x: x + offset, tree(i)) for i in range(len(weights))]
     reading, state = folded(welford(), members, weights)
