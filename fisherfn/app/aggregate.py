@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fisherfn.app.names import places
+from fisherfn.groups.names import places
 
 
 @dataclass(frozen=True)

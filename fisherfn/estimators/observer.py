@@ -123,15 +123,16 @@ class Observer:
     def _check_targets(self, outputs: Any, targets: Any, mask: Tensor | None) -> Tensor | None:
         """Check the targets; return what poisons every result where values cannot be looked at."""
         self.likelihood.check_targets_fit(self.caller, outputs, targets)
-        bad = self.likelihood.invalid(outputs, targets, mask)
         if concrete(*trees.leaves((outputs, targets))):
+            bad = self.likelihood.invalid(outputs, targets, mask)
             shapes = trees.map(lambda t: t.new_empty(()).expand(t.shape), outputs)
             raise_invalid = self.likelihood.raise_invalid
             self._ask(lambda: raise_invalid(self.caller, shapes, targets, bad))
             return None
+        bad = self.likelihood.poison(outputs, targets, mask)
         dtype = torch.promote_types(trees.leaves(outputs)[0].dtype, torch.float32)
         one = torch.ones((), dtype=dtype, device=bad.device)
-        return torch.where(bad.any(), torch.full_like(one, float("nan")), one)
+        return torch.where(bad, torch.full_like(one, float("nan")), one)
 
     def _check_total(self, counted: Counted) -> None:
         if not self.normalised or not concrete(counted.total):

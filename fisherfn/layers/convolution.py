@@ -10,7 +10,7 @@ A transposed convolution is the adjoint: the patches are those of the cotangent.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -67,15 +67,8 @@ class Unfolded(Form):
 
     def outer(self) -> Outer:
         """Return the outer form, with all patches."""
-        (k, b, m), geometry = self.g.shape[:3], self.geometry
-        x = self.x.reshape(b * m, *self.x.shape[2:])
-        g = self.g.reshape(k * b * m, *self.g.shape[3:])
-        if self.transposed:
-            a, rows = _rows(x, geometry.groups), geometry.patches(g, x.shape[2:])
-        else:
-            a, rows = geometry.patches(x, g.shape[2:]), _rows(g, geometry.groups)
-        rows = _examples(rows, m)
-        return Outer(_examples(a, m), rows.reshape(k, b, *rows.shape[1:]))
+        (whole,) = self._cut(lambda x, places: [self.geometry.patches(x, places)])
+        return whole
 
     def inputs(self) -> Iterator[tuple[Tensor, tuple[int, int]]]:
         """Yield the inputs `[B, R, T, I]` of blocks of examples, and which these are."""
@@ -105,11 +98,8 @@ class Unfolded(Form):
 
     def outers(self) -> Iterator[Outer]:
         """Yield the outer forms of a few examples at a time, as memory allows."""
-        window = math.prod(self.geometry.kernel)
-        unfolded = self.g if self.transposed else self.x
-        patches = unfolded.numel() // max(1, self.batch) * window * unfolded.element_size()
-        for start, stop in blocks(self.batch, max(patches, self.score_bytes), self.x):
-            yield self.part(start, stop).outer()
+        for part in self._parts(1):
+            yield part.outer()
 
     def scores(self) -> Tensor:
         """Return the scores `[K, B, *shape]`."""
@@ -120,7 +110,7 @@ class Unfolded(Form):
         """Return `total` plus the sum of squared scores."""
         sums: list[Tensor | None] = [None] * self._rows_of_window
         with convolution_precision(self.g):
-            for part in self._parts():
+            for part in self._parts(self._rows_of_window):
                 for row, band in enumerate(part._bands()):
                     sums[row] = band.square_sum(sums[row])
         return accumulate(total, self._assembled([t for t in sums if t is not None]))
@@ -129,7 +119,7 @@ class Unfolded(Form):
         """Return the sum of the scores."""
         sums: list[Tensor | None] = [None] * self._rows_of_window
         with convolution_precision(self.g):
-            for part in self._parts():
+            for part in self._parts(self._rows_of_window):
                 for row, band in enumerate(part._bands()):
                     sums[row] = accumulate(sums[row], band.sum())
         return self._assembled([t for t in sums if t is not None])
@@ -138,7 +128,7 @@ class Unfolded(Form):
         """Return squared norms `[K, B]`."""
         found = []
         with convolution_precision(self.g):
-            for part in self._parts():
+            for part in self._parts(self._rows_of_window):
                 total = None
                 for band in part._bands():
                     total = accumulate(total, band.norms())
@@ -156,16 +146,18 @@ class Unfolded(Form):
 
     def _bands(self) -> Iterator[Outer]:
         """Yield the outer form for each row of the window, or that of the whole window."""
-        if self._rows_of_window == 1:
-            yield self.outer()
-            return
-        (k, b, m), geometry = self.g.shape[:3], self.geometry
+        whole = self._rows_of_window == 1
+        return self._cut(self.geometry.bands) if not whole else iter([self.outer()])
+
+    def _cut(self, cut: Callable[[Tensor, Sequence[int]], list[Tensor]]) -> Iterator[Outer]:
+        """Yield the outer form of each piece that `cut` makes of what the window moves over."""
+        k, b, m = self.g.shape[:3]
         x = self.x.reshape(b * m, *self.x.shape[2:])
         g = self.g.reshape(k * b * m, *self.g.shape[3:])
         fixed, moving = (x, g) if self.transposed else (g, x)
-        still = _examples(_rows(fixed, geometry.groups), m)
-        for cut in geometry.bands(moving, fixed.shape[2:]):
-            band = _examples(cut, m)
+        still = _examples(_rows(fixed, self.geometry.groups), m)
+        for piece in cut(moving, fixed.shape[2:]):
+            band = _examples(piece, m)
             a, rows = (still, band) if self.transposed else (band, still)
             yield Outer(a, rows.reshape(k, b, *rows.shape[1:]))
 
@@ -180,9 +172,8 @@ class Unfolded(Form):
         cut = [t.unflatten(-1, (-1, rest)) for t in bands]
         return torch.stack(cut, dim=-2).flatten(-3)
 
-    def _parts(self) -> Iterator[Unfolded]:
-        """Yield a few examples at a time, as memory allows."""
-        rows = self._rows_of_window
+    def _parts(self, rows: int) -> Iterator[Unfolded]:
+        """Yield a few examples at a time, as memory allows for so many rows of the window."""
         kernel = self.geometry.kernel
         window = math.prod(kernel if rows == 1 else kernel[1:])
         moving = self.g if self.transposed else self.x

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fisherfn.app.names import places
+from fisherfn.groups.names import places
 
 
 def check(table: dict[str, tuple[str, str]]) -> None:
