@@ -92,6 +92,14 @@ def test_any_values_come_back_finite_or_as_they_were(values: list[float], dtype:
         assert torch.equal(back.nan_to_num(), x.nan_to_num())
 
 
+@pytest.mark.parametrize("bad", [float("inf"), float("-inf"), float("nan")])
+def test_an_entry_that_is_not_finite_leaves_the_others_their_scale(bad: float) -> None:
+    x = torch.tensor([65520.0, 1e-3, bad])
+    back = io.fetch(io.offload([x], "float16"))[0]
+    # plain float16 rounds 65520 to infinity
+    torch.testing.assert_close(back, x, rtol=1e-3, atol=0, equal_nan=True)
+
+
 def test_scales_are_powers_of_two() -> None:
     x = torch.tensor([0.75, 0.5, 0.25]) * 1e-20
     kept = io.offload([x], "float16")

@@ -172,11 +172,11 @@ def _narrowed(x: Tensor, narrow: torch.dtype) -> tuple[Tensor, Tensor, list[Tens
     exponent = none
     scaled = x
     if narrow == torch.float16 and x.numel():
-        largest = x.abs().amax()
+        # an infinite entry is stored as such and has no say in the scale of the others
+        largest = torch.where(x.isfinite(), x.abs(), 0.0).amax()
         exponent = 15 - torch.frexp(largest).exponent.to(torch.int64)
         limit = 126 if x.dtype == torch.float32 else 1022
-        usable = largest.isfinite() & (largest > 0)
-        exponent = torch.where(usable, exponent.clamp(-limit, limit), 0)
+        exponent = torch.where(largest > 0, exponent.clamp(-limit, limit), 0)
         scaled = x * _power(exponent, x.dtype)
     stored = scaled.to(narrow)
     back = stored.to(x.dtype)
