@@ -7,10 +7,10 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
 from fisherfn.core.errors import OptionError, UnsupportedError
+from fisherfn.core.substitution import Substitution
 
 #: A tree of tensors; for modules a flat dict from qualified name to tensor.
 Params: TypeAlias = Any
@@ -36,6 +36,7 @@ class FunctionalModel:
         ]
         accepts = inspect.signature(module.forward).parameters
         self._constants = {"use_cache": False} if "use_cache" in accepts else {}
+        self._call = Substitution(module)
 
     def __call__(self, params: Params, buffers: Any, inputs: Any) -> Any:
         """Run the module's forward with these parameters and buffers."""
@@ -43,8 +44,7 @@ class FunctionalModel:
         args, kwargs = _arguments(inputs)
         kwargs = {**self._constants, **kwargs}
         state = {**buffers, **params}
-        out = torch.func.functional_call(self.module, state, args, kwargs, tie_weights=True)
-        return _pick_output(out, self.output)
+        return _pick_output(self._call(state, args, kwargs), self.output)
 
     def __repr__(self) -> str:
         """Name the module's class."""
@@ -91,9 +91,9 @@ def functional(
         UnsupportedError: a selected parameter is not a floating-point tensor.
 
     Example:
-        >>> model, params, buffers = functional(torch.nn.Linear(3, 2))
-        >>> list(params), model(params, buffers, torch.zeros(4, 3)).shape
-        (['weight', 'bias'], torch.Size([4, 2]))
+        >>> model, params, buffers = functional(nn.Linear(3, 2))
+        >>> list(params), model(params, buffers, params["weight"]).shape
+        (['weight', 'bias'], torch.Size([2, 2]))
     """
     if not isinstance(module, nn.Module):
         raise OptionError(

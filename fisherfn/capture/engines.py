@@ -228,7 +228,11 @@ class EagerRun(Run):
                 # a view is of something that must stay as it is, such as a parameter
                 out = _Root.apply(out.clone() if out._is_view() else out, seed)
             # the edge stays right when the output is written to later
-            edge = get_gradient_edge(out)
+            node: Any = out.grad_fn
+            if isinstance(node, torch._C._FunctionBase):  # written in Python: needs a token to live
+                edge = get_gradient_edge(out)
+            else:
+                edge = GradientEdge(node, out.output_nr)
             if root:
                 self._roots.append(edge)
             self._edges.append(edge)
@@ -344,4 +348,6 @@ def refuse_checkpointing(error: RuntimeError) -> None:
 
 def _detached(tree: Any) -> Any:
     leaves, structure = trees.flatten(tree)
+    if not any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
+        return tree
     return trees.unflatten(structure, [t.detach() if isinstance(t, Tensor) else t for t in leaves])

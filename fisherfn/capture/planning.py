@@ -13,7 +13,7 @@ from fisherfn.capture.check import check, check_examples_apart
 from fisherfn.capture.engines import refuse_checkpointing, size_of
 from fisherfn.capture.plan import Plan, build
 from fisherfn.core import trees
-from fisherfn.core.modes import concrete
+from fisherfn.core.modes import concrete, transformed
 
 _COUNTS = (2, 3)
 _KEPT = 32
@@ -84,11 +84,17 @@ def _of(model: Any) -> OrderedDict[Any, Plan] | None:
 
 
 def _structure(params: Any, buffers: Any, inputs: Any) -> Any:
+    symbolic = transformed()
+
     def sizes(tree: Any) -> Any:
         leaves, structure = trees.flatten(tree)
-        return str(structure), tuple(
+        return structure, tuple(
             # int: parameters keep their sizes, also where the compiler would make symbols of them
-            (tuple(int(n) for n in t.shape), t.dtype, t.device.type)
+            (
+                tuple(int(n) for n in t.shape) if symbolic else t.shape,
+                t.dtype,
+                t.device.type,
+            )
             if isinstance(t, Tensor)
             else repr(t)
             for t in leaves
@@ -101,4 +107,4 @@ def _structure(params: Any, buffers: Any, inputs: Any) -> Any:
     autocast = torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
     # one example shows less than two do: what was learned from it serves single examples only
     single = size_of(inputs) == 1
-    return str(structure), ranks, sizes(params), sizes(buffers), autocast, single
+    return structure, ranks, sizes(params), sizes(buffers), autocast, single

@@ -119,11 +119,13 @@ class Tracker:
     def touched(self, args: Any, kwargs: Any) -> list[tuple[Tensor, int, View]]:
         """Return the parameters among the arguments of a call, with leaf and view."""
         found = []
-        for value in _flat((args, kwargs)):
-            if isinstance(value, Tensor):
-                known = self.known.get(id(value))
-                if known is not None:
-                    found.append((value, *known))
+        for value in (*args, *kwargs.values()) if kwargs else args:
+            if isinstance(value, (list, tuple, dict)):
+                found += self.touched(_flat(value), {})
+                continue
+            known = self.known.get(id(value))
+            if known is not None:
+                found.append((value, *known))
         return found
 
     def follow(
@@ -135,9 +137,14 @@ class Tracker:
         out: Any,
     ) -> str:
         """Say what a call does with parameters: "nothing", a "view" (now known too), or a "use"."""
-        results = [t for t in _flat(out) if isinstance(t, Tensor)]
-        if function in _CONSTANTS or not (results or out is None):
-            return "nothing"  # a constant, or a question such as p.shape
+        if function in _CONSTANTS:
+            return "nothing"
+        if not isinstance(out, Tensor):
+            results = [t for t in _flat(out) if isinstance(t, Tensor)]
+            if not (results or out is None):
+                return "nothing"  # a question such as p.shape
+        else:
+            results = [out]
         if len(touched) == 1:
             source, leaf, view = touched[0]
             steps = steps_of(function, source, args, kwargs, out)

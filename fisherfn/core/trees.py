@@ -1,16 +1,15 @@
 """Trees of tensors and their algebra (`ff.tree`).
 
 A tree is any nesting of dicts, lists, tuples, NamedTuples and registered dataclasses with tensors
-as leaves. Two conventions hold throughout the library, because torch and optree differ on both:
+as leaves. Two conventions hold throughout, because torch and optree differ on both:
 
 - dict entries keep their **insertion order** (optree sorts keys unless told otherwise), so that
   `ravel` agrees with `torch.nn.utils.parameters_to_vector`;
 - **None is no leaf** (torch's own pytree makes it one).
 
-Trees are matched by key, whatever the order, and the result has the structure of the first; trees
-of different structures raise TreeMismatchError (optree would broadcast the one over the other).
-Everything here runs under `torch.compile(fullgraph=True)`, `torch.vmap` and `torch.func.grad`.
-Reductions accumulate in float32 at least.
+Trees are matched by key, whatever the order, and the result has the structure of the first; other
+structures raise TreeMismatchError (optree would broadcast). Everything here runs under
+`torch.compile(fullgraph=True)`, `torch.vmap` and `torch.func.grad`; sums are float32 at least.
 """
 
 from __future__ import annotations
@@ -70,7 +69,7 @@ def unflatten(treedef: TreeDef, leaves: Iterable[Any]) -> Tree:
 
 def leaves(tree: Tree) -> list[Any]:
     """Return the leaves of a tree, in insertion order."""
-    return optree.tree_leaves(tree, namespace=NAMESPACE)
+    return [tree] if isinstance(tree, Tensor) else optree.tree_leaves(tree, namespace=NAMESPACE)
 
 
 def structure(tree: Tree) -> TreeDef:
@@ -97,6 +96,8 @@ def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     >>> map(lambda a, b: a + b, {"x": 1, "y": 2}, {"y": 20, "x": 10})
     {'x': 11, 'y': 22}
     """
+    if isinstance(tree, Tensor) and all(isinstance(other, Tensor) for other in rest):
+        return f(tree, *rest)
     first, treedef = flatten(tree)
     columns = [first]
     for position, other in enumerate(rest, start=2):

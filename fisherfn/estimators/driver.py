@@ -156,7 +156,7 @@ class _Loop:
                 for sample in samples:
                     self._end_draw(groups, sample)
         self.observer.settle()
-        return [self.observer.counted[job.labels.unit].total for job in self.jobs]
+        return [self.observer.counted[job.labels.unit].total.clone() for job in self.jobs]
 
     def _end_draw(self, groups: dict[Labels, list[_Job]], sample: int) -> None:
         for labels, jobs in groups.items():

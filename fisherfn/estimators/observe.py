@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import torch
@@ -16,8 +16,7 @@ from torch import Tensor
 
 from fisherfn.core import random, trees
 from fisherfn.core.errors import OptionError
-from fisherfn.core.modes import concrete
-from fisherfn.layers.numerics import in_place_allowed
+from fisherfn.core.modes import concrete, transformed
 from fisherfn.likelihoods.base import Likelihood, position_keys
 
 #: In place of a kind of labels: nothing is pulled back, only the inputs of layers are looked at.
@@ -62,13 +61,13 @@ class Counted:
         """Count the units of a batch whose `log_prob` has the shape `positions`."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         masked = mask is not None
+        if mask is None and weights is None:
+            places = positions[:1] if unit == "example" else positions
+            if concrete(like):
+                return _everything(positions, places, dtype, like.device)
+            return _all(positions, places, dtype, like.device)
         if mask is None:
             mask = torch.ones(positions, dtype=torch.bool, device=like.device)
-            if weights is None:
-                shape = positions[:1] if unit == "example" else positions
-                each = torch.ones(shape, dtype=dtype, device=like.device)
-                number = torch.full((), each.numel(), dtype=tally_dtype(like), device=like.device)
-                return Counted(mask, each, number, masked)
         else:
             mask = mask.expand(positions)
         if unit == "example":
@@ -83,6 +82,8 @@ class Counted:
 
     def part(self, start: int, stop: int) -> Counted:
         """Return what counts of the examples `start` to `stop`, with the same total."""
+        if (start, stop) == (0, self.mask.shape[0]):
+            return self
         return Counted(self.mask[start:stop], self.weights[start:stop], self.total, self.masked)
 
     @cached_property
@@ -96,6 +97,21 @@ class Counted:
         return (self.weights / torch.where(fine, total, float("nan"))).sqrt()
 
 
+def _all(
+    positions: tuple[int, ...], places: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Counted:
+    """Count every unit once; the units are laid out as `places`."""
+    mask = torch.ones(positions, dtype=torch.bool, device=device)
+    each = torch.ones(places, dtype=dtype, device=device)
+    total = torch.full((), each.numel(), dtype=tally_dtype(each), device=device)
+    return Counted(mask, each, total, False)
+
+
+#: With values these are the same at each step of a stream, and making them takes as long as a layer
+#: of a small model. Results get a count of their own.
+_everything = lru_cache(maxsize=16)(_all)
+
+
 def tally_dtype(like: Tensor) -> torch.dtype:
     """Return the dtype of counts: float64 where the device has it."""
     return torch.float32 if like.device.type == "mps" else torch.float64
@@ -104,6 +120,18 @@ def tally_dtype(like: Tensor) -> torch.dtype:
 def _trailing(t: Tensor, rank: int) -> Tensor:
     """Append axes of size 1 up to `rank`."""
     return t.reshape(*t.shape, *[1] * (rank - t.dim()))
+
+
+def clear_(t: Tensor, dead: Tensor) -> Tensor:
+    """Write zeros where `dead`, which broadcasts along trailing axes, is true; return `t`."""
+    rank = dead.dim()
+    while rank and dead.shape[rank - 1] == 1:
+        rank -= 1
+    if t.device.type != "cpu" or not t.is_contiguous() or t.shape[:rank] != dead.shape[:rank]:
+        return t.masked_fill_(dead, 0.0)
+    # few rows of many entries: on a CPU they are found first, elsewhere that would have to wait
+    t.view(dead.numel(), -1).index_fill_(0, dead.reshape(-1).nonzero().flatten(), 0.0)
+    return t
 
 
 def broadcast(factor: Tensor, outputs: Any, likelihood: Likelihood, lead: int = 0) -> Any:
@@ -179,7 +207,8 @@ class Observed:
         if labels.fisher == "empirical" and labels.unit == "position":
             yield from self._by_position(score, factor, step)
             return
-        yield trees.map(lambda t: t.unsqueeze(0), self.scaled(score, factor, 0))
+        score = self.scaled(score, factor, 0, own=self.likelihood.fresh_scores)
+        yield trees.map(lambda t: t.unsqueeze(0), score)
 
     def log_likelihood(self) -> Tensor:
         """Return this chunk's share of the weighted mean log-probability of the units; 0-d."""
@@ -198,12 +227,13 @@ class Observed:
 
     def factor(self, normalised: bool) -> Tensor:
         """Return what each position's cotangent is multiplied by, `[B, *positions]`."""
-        mask = self.counted.mask.to(self.counted.weights.dtype)
-        if self.poison is not None:
-            mask = mask * self.poison
-        if not normalised:
-            return mask
-        return _trailing(self.counted.root_weights, mask.dim()) * mask
+        counted = self.counted
+        if normalised:
+            factor = _trailing(counted.root_weights, counted.mask.dim())
+            factor = factor * counted.mask if counted.masked else factor.expand(counted.mask.shape)
+        else:
+            factor = counted.mask.to(counted.weights.dtype)
+        return factor if self.poison is None else factor * self.poison
 
     def _keys(self, sample: int) -> Tensor:
         assert self.key is not None
@@ -218,20 +248,19 @@ class Observed:
         signs = random.rademacher(keys, (self.likelihood.columns(self.outputs),), dtype)
         return self.likelihood.root_mv(self.outputs, signs)
 
-    def scaled(self, tree: Any, factor: Tensor, lead: int) -> Any:
-        """Multiply by a factor over positions, into the outputs' dtype."""
+    def scaled(self, tree: Any, factor: Tensor, lead: int, *, own: bool = False) -> Any:
+        """Return a tree times a factor over positions, in the outputs' dtype; may use `own` up."""
         factors = broadcast(factor, self.outputs, self.likelihood, lead)
-        own = self.mask is not None and in_place_allowed()
+        eager = not transformed()
 
         def one(t: Tensor, f: Tensor, out: Tensor) -> Tensor:
-            if self.mask is None:
-                return (t * f).to(out.dtype)
-            # what is masked may have no finite score, so a product is not enough
-            if own and not t.requires_grad:
-                return (t * f).masked_fill_(f == 0, 0.0).to(out.dtype)
-            return torch.where(f == 0, torch.zeros((), dtype=t.dtype, device=t.device), t * f).to(
-                out.dtype
-            )
+            free = eager and not (t.requires_grad or f.requires_grad)
+            product = t.mul_(f) if own and free and t.dtype == f.dtype else t * f
+            if self.mask is not None:
+                # what is masked may have no finite score, so a product is not enough
+                dead = f == 0
+                product = clear_(product, dead) if free else torch.where(dead, 0.0, product)
+            return product.to(out.dtype)
 
         return trees.map(one, tree, factors, self.outputs)
 

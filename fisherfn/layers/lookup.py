@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.layers.form import Form
-from fisherfn.layers.numerics import accumulate
+from fisherfn.layers.numerics import in_place_allowed
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,18 @@ class Lookup(Form):
         return same @ self.g
 
     def scatter(self, values: Tensor, total: Tensor | None = None) -> Tensor:
-        """Return `total` plus `values`, `[B, T, D]`, each added to the row it was picked from."""
+        """Return `total` plus `values`, `[B, T, D]`, each added to the row it was picked from.
+
+        `total` may be used up.
+        """
         flat = self.index.reshape(-1)
         start = values.new_zeros(self.shape) if total is None else total
-        return start.index_add(0, flat, values.reshape(-1, values.shape[-1]))
+        add = start.index_add_ if in_place_allowed() else start.index_add
+        return add(0, flat, values.reshape(-1, values.shape[-1]))
 
     def square_sum(self, total: Tensor | None = None) -> Tensor:
         """Return the sum of squares `[rows, D]`: a position brings `g` times its row's score."""
-        return accumulate(total, self.scatter((self.g * self.gathered()).sum(0)))
+        return self.scatter((self.g * self.gathered()).sum(0), total)
 
     def sum(self) -> Tensor:
         """Return the sum of the scores, `[rows, D]`."""

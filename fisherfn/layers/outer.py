@@ -24,7 +24,7 @@ from fisherfn.layers.numerics import (
 
 # On a CPU a score of this many bytes is formed, squared and added while it is in the cache; batched
 # products of smaller ones cost less than their calls.
-_CPU_SCORE = 256 * 2**10
+_CPU_SCORE = 192 * 2**10
 
 
 @dataclass(frozen=True)
@@ -81,22 +81,18 @@ class Outer(Form):
 
     def _one_by_one(self, total: Tensor | None) -> Tensor:
         """Form one score at a time, some rows of it, in a buffer that stays in the cache."""
-        found = self.a.new_zeros(self.shape) if total is None else total
         r, o, i = self.shape
-        step = min(o, max(1, block_bytes(self.a) // (2 * r * i * self.a.element_size())))
-        buffer = self.a.new_empty((r, step, i))
-        for start in range(0, o, step):
-            rows = found[:, start : start + step]
-            score = buffer[:, : rows.shape[1]]
+        if i <= o:
+            found = self.a.new_empty(self.shape) if total is None else total
             for k in range(self.columns):
-                for b in range(self.batch):
-                    g = self.g[k, b, :, :, start : start + step].transpose(-1, -2)
-                    if r == 1:
-                        torch.mm(g[0], self.a[b, 0], out=score[0])
-                    else:
-                        torch.bmm(g, self.a[b], out=score)
-                    rows.addcmul_(score, score)
-        return found
+                _add_squares(found, self.g[k], self.a, fresh=total is None and k == 0)
+            return found
+        # threads share the rows of a product: with more columns than rows it takes twice as long
+        turned = self.a.new_empty((r, i, o))
+        for k in range(self.columns):
+            _add_squares(turned, self.a, self.g[k], fresh=k == 0)
+        found = turned.transpose(-1, -2)
+        return found.contiguous() if total is None else total.add_(found)
 
     def sum(self) -> Tensor:
         """Return the sum of the scores, `[R, O, I]`."""
@@ -171,3 +167,29 @@ class Outer(Form):
         r, o, i = self.shape
         columns = 1 if self.positions == 1 else self.columns
         return columns * self.batch * r * self.positions * o * i
+
+
+def _add_squares(found: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
+    """Add the squares of `Σ_t left_t right_tᵀ` of every example, `[B, R, T, *]`, in place.
+
+    A `fresh` tensor is written over: it needs no zeros.
+    """
+    r, rows, columns = found.shape
+    step = min(rows, max(1, block_bytes(found) // (2 * r * columns * found.element_size())))
+    buffer = found.new_empty((r, step, columns))
+    # unbound at once: indexing one example takes as long as multiplying it
+    single = r == 1
+    ends = (right[:, 0] if single else right).unbind(0)
+    product = torch.mm if single else torch.bmm
+    for start in range(0, rows, step):
+        total, score = found[:, start : start + step], buffer[:, : min(step, rows - start)]
+        if single:
+            total, score = total[0], score[0]
+        some = left[..., start : start + step].transpose(-1, -2)
+        pairs = zip((some[:, 0] if single else some).unbind(0), ends, strict=True)
+        if fresh:
+            product(*next(pairs), out=score)
+            torch.mul(score, score, out=total)
+        for x, y in pairs:
+            product(x, y, out=score)
+            total.addcmul_(score, score)

@@ -39,6 +39,8 @@ class Likelihood(ABC):
     """The interface of every likelihood; see the glossary of this module."""
 
     name: ClassVar[str]
+    #: Whether nobody else holds the memory of what `score` and `sample_score` return.
+    fresh_scores: ClassVar[bool] = False
     """The name under which `fisherfn.likelihoods` makes it."""
 
     @property

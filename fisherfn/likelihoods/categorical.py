@@ -60,6 +60,7 @@ class Categorical(base.Likelihood):
     """See `categorical`."""
 
     name: ClassVar[str] = "categorical"
+    fresh_scores: ClassVar[bool] = True
     temperature: float = 1.0
     class_axis: int = -1
 

@@ -139,7 +139,7 @@ def backward(
     live = roots(leaves)
     with torch.enable_grad():
         outputs = function(live)
-    return [z.detach() for z in outputs], _puller(outputs, live)
+    return [z.detach() for z in outputs], puller(outputs, live)
 
 
 # ---- eager ---------------------------------------------------------------------------------------
@@ -164,11 +164,14 @@ def dual(
         torch.zeros_like(z) if d is None else d.detach()
         for z, d in zip(outputs, (pair.tangent for pair in pairs), strict=True)
     ]
-    return [z.detach() for z in outputs], pushed, _puller(outputs, live)
+    return [z.detach() for z in outputs], pushed, puller(outputs, live)
 
 
-def _puller(outputs: Sequence[Tensor], live: Sequence[Tensor]) -> Map:
-    """Return c ↦ Jᵀ c from the graph of the outputs."""
+def puller(outputs: Sequence[Tensor], live: Sequence[Tensor], reason: str | None = None) -> Map:
+    """Return c ↦ Jᵀ c from the graph of the outputs.
+
+    Where the outputs are derivatives themselves, `reason` says why they are differentiated again.
+    """
     differentiable = [i for i, z in enumerate(outputs) if z.requires_grad]
 
     def pull(cotangents: list[Tensor], batched: bool = False) -> list[Tensor]:
@@ -185,6 +188,8 @@ def _puller(outputs: Sequence[Tensor], live: Sequence[Tensor]) -> Map:
                 is_grads_batched=batched,
             )
         except RuntimeError as error:
+            if reason is not None:
+                raise no_derivative(error, reason) from error
             refuse_checkpointing(error)
             raise
         return [
@@ -233,7 +238,7 @@ def graph(function: Function, leaves: list[Tensor], reason: str = "") -> Linear:
             for z in outputs
         ]
 
-    pull = _puller(outputs, live)
+    pull = puller(outputs, live)
     detached = [z.detach() for z in outputs]
     return Linear(detached, push, pull, batched(push), batched(pull), DOUBLE, reason)
 
@@ -251,7 +256,7 @@ def _recorded(function: Function, leaves: list[Tensor]) -> Linear:
         return graph(function, leaves, no_forward_mode(error))
     detached = [z.detach() for z in outputs]
     push = player(tape, detached)
-    pull = _puller(outputs, live)
+    pull = puller(outputs, live)
     if tape.convolves:  # one by one is twice as fast
         return Linear(detached, push, pull, loop(push), loop(pull))
     many = mapped(push)

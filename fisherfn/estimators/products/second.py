@@ -22,7 +22,6 @@ from fisherfn.estimators.products.fallback import (
     DOUBLE,
     FORWARD,
     check_twice,
-    no_derivative,
     no_forward_mode,
 )
 from fisherfn.estimators.products.linear import Map, Ready
@@ -130,28 +129,7 @@ def _graph(loss: Loss, leaves: list[Tensor], reason: str) -> tuple[Map, Map]:
     with torch.enable_grad():
         slope = loss.gradient(live, again=True)
     check_twice(slope, reason)
-    used = [i for i, g in enumerate(slope) if g.requires_grad]
-
-    def push(vector: list[Tensor], batched: bool = False) -> list[Tensor]:
-        lead = (len(vector[0]),) if batched else ()
-        if not used:
-            return [p.new_zeros((*lead, *p.shape)) for p in live]
-        try:
-            found = torch.autograd.grad(
-                [slope[i] for i in used],
-                live,
-                [vector[i] for i in used],
-                retain_graph=True,
-                allow_unused=True,
-                is_grads_batched=batched,
-            )
-        except RuntimeError as error:
-            raise no_derivative(error, reason) from error
-        return [
-            p.new_zeros((*lead, *p.shape)) if h is None else h.detach()
-            for p, h in zip(live, found, strict=True)
-        ]
-
+    push = linear.puller(slope, live, reason)
     return push, linear.batched(push)
 
 
