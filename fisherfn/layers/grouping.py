@@ -133,8 +133,7 @@ def _summed(form: Outer, axis: int) -> Tensor:
     else:
         kept = form.g if axis == -1 else form.a.unsqueeze(0)
         each = form.columns * form.positions**2 * form.shape[0] + 2 * kept.numel() // form.batch
-        # a quarter of a block: what was just multiplied is then still in the cache to be added up
-        for start, stop in blocks(form.batch, 4 * each * kept.element_size(), kept):
+        for start, stop in blocks(form.batch, each * kept.element_size(), kept):
             a, g = form.a[start:stop].unsqueeze(0), form.g[:, start:stop]
             total = accumulate(total, _quadratic(a, g) if axis == -1 else _quadratic(g, a))
     assert total is not None
