@@ -23,11 +23,15 @@ from fisherfn.core.modes import transformed
 from fisherfn.layers.direct import Direct
 from fisherfn.layers.form import Form
 from fisherfn.layers.leaf import LeafScores
+from fisherfn.layers.memo import Budget, Memo
 from fisherfn.layers.numerics import wide
 from fisherfn.layers.views import View
 
 #: Takes the index of a parameter and its scores for the columns that were pulled back.
 Consumer: TypeAlias = Callable[[int, LeafScores], None]
+
+# Bytes of patches of inputs that are kept from one column to the next.
+_KEPT = 64 * 2**20
 
 
 class Captured:
@@ -43,6 +47,7 @@ class Captured:
         self.leaves = trees.leaves(params)
         self.composed = transformed() or needs_composition(params, buffers, inputs)
         self.run: Run = start(model, params, buffers, inputs, plan, plain=plain)
+        self._memos: list[Memo] = []
         self._expected = [0] * len(self.leaves)
         for tap in plan.taps:
             for use in tap.uses:
@@ -53,11 +58,17 @@ class Captured:
         """What the model returned."""
         return self.run.outputs
 
-    def scores(self, cotangents: Any, consume: Consumer, *, last: bool = True) -> None:
+    def scores(
+        self, cotangents: Any, consume: Consumer, *, last: bool = True, more: bool = False
+    ) -> None:
         """Pull back cotangents `[K, *outputs]` and hand every parameter's scores to `consume`.
 
-        `last` promises that this forward is not needed again.
+        `last` promises that this forward is not needed again; `more` says that columns are to
+        follow, so that it is worth keeping what depends on the inputs alone.
         """
+        if more and not self.composed and not self._memos:
+            budget = Budget(_KEPT)
+            self._memos = [Memo(budget) for _ in self.plan.taps]
         self.pull_only(cotangents, consume, last=last)
         self._general(cotangents, consume)
         for leaf in self.plan.unused:
@@ -87,6 +98,8 @@ class Captured:
                 self.run.kept[index] = ()
             with _exact_arithmetic(self.composed, g):
                 for leaf, form, view in forms_of(tap, kept, g, self.batch):
+                    if self._memos:
+                        form = form.remembering(self._memos[index])
                     waiting.setdefault(leaf, []).append((form, view))
                     arrived[leaf] += 1
                     if arrived[leaf] == self._expected[leaf]:

@@ -244,7 +244,8 @@ class _Loop:
         done = 0
         for block in observed.cotangents(labels, sample, normalised=normalised, step=step):
             done += trees.leaves(block)[0].shape[0]
-            captured.scores(block, consume, last=final and done == columns)
+            end = done == columns
+            captured.scores(block, consume, last=final and end, more=not end)
             for job in jobs:
                 job.statistic.end_pull()
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from fisherfn.layers.bands import Geometry
 from fisherfn.layers.elementwise import Alignment, ShiftBuilder
 from fisherfn.layers.form import Form
+from fisherfn.layers.memo import Memo
 from fisherfn.layers.numerics import accumulate, blocks, convolution_precision, wide
 from fisherfn.layers.outer import Outer
 from fisherfn.layers.registry import Call, Match, Role, register_rule
@@ -57,6 +58,7 @@ class Unfolded(Form):
     g: Tensor
     geometry: Geometry
     transposed: bool
+    memo: Memo | None = field(default=None, compare=False, repr=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -67,7 +69,13 @@ class Unfolded(Form):
 
     def outer(self) -> Outer:
         """Return the outer form, with all patches."""
-        (whole,) = self._cut(lambda x, places: [self.geometry.patches(x, places)])
+
+        def patches(t: Tensor, places: Sequence[int]) -> list[Tensor]:
+            if self.memo is None:
+                return [self.geometry.patches(t, places)]
+            return [self.memo.get("patches", lambda: self.geometry.patches(t, places))]
+
+        (whole,) = self._cut(patches)
         return whole
 
     def inputs(self) -> Iterator[tuple[Tensor, tuple[int, int]]]:
@@ -138,11 +146,20 @@ class Unfolded(Form):
 
     @property
     def _rows_of_window(self) -> int:
-        """How many rows of the window are contracted apart: all, or one if they are narrow."""
+        """How many rows of the window are contracted apart: all, or one, the whole window.
+
+        It is one where rows are narrow, where patches are kept, and on a CPU where copying them
+        takes little beside what is made of them.
+        """
         geometry = self.geometry
-        moving = self.g.shape[3] if self.transposed else self.x.shape[2]
-        width = moving // geometry.groups * math.prod(geometry.kernel[1:])
-        return geometry.kernel[0] if width >= _NARROW else 1
+        fixed, moving = self.g.shape[3:], self.x.shape[2:]
+        if self.transposed:
+            fixed, moving = moving, fixed
+        width = moving[0] // geometry.groups * math.prod(geometry.kernel[1:])
+        few = 2 * math.prod(fixed[1:]) < fixed[0] // geometry.groups
+        if self.memo is not None or width < _NARROW or (few and self.g.device.type == "cpu"):
+            return 1
+        return geometry.kernel[0]
 
     def _bands(self) -> Iterator[Outer]:
         """Yield the outer form for each row of the window, or that of the whole window."""
@@ -193,7 +210,17 @@ class Unfolded(Form):
 
     def part(self, start: int, stop: int) -> Unfolded:
         """Return the examples `start` to `stop`."""
-        return replace(self, x=self.x[start:stop], g=self.g[:, start:stop])
+        memo = None if self.memo is None else self.memo.part((start, stop))
+        return replace(self, x=self.x[start:stop], g=self.g[:, start:stop], memo=memo)
+
+    def remembering(self, memo: Memo) -> Unfolded:
+        """Return the same form, which keeps the patches of its inputs in `memo` if they fit."""
+        if self.transposed:  # its patches are those of the cotangents
+            return self
+        window, places = math.prod(self.geometry.kernel), math.prod(self.g.shape[4:])
+        each = self.x.shape[2] * window * places * self.x.element_size()
+        fits = memo.reserve(self.x.shape[0] * self.x.shape[1] * each)
+        return replace(self, memo=memo) if fits else self
 
     def joined(self, other: Form) -> Form | None:
         """Return the form of both sets of positions, for another use of the same weight."""
@@ -203,7 +230,7 @@ class Unfolded(Form):
         """Return all examples together."""
         same = [o for o in others if isinstance(o, Unfolded)]
         x = torch.cat([self.x, *(o.x for o in same)])
-        return replace(self, x=x, g=torch.cat([self.g, *(o.g for o in same)], dim=1))
+        return replace(self, x=x, g=torch.cat([self.g, *(o.g for o in same)], dim=1), memo=None)
 
     def sample(self) -> Tensor:
         """Return `g`."""

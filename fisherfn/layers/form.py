@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from fisherfn.layers.memo import Memo
+
 
 class Form(ABC):
     """Per-example scores of one parameter (or one view of it), kept in factored form."""
@@ -54,6 +56,10 @@ class Form(ABC):
     @abstractmethod
     def scaled(self, weight: Tensor) -> Form:
         """Return the form of the scores times `weight`, `[B]`."""
+
+    def remembering(self, memo: Memo) -> Form:
+        """Return the same form, which may keep in `memo` what depends on the inputs alone."""
+        return self
 
     @abstractmethod
     def part(self, start: int, stop: int) -> Form:

@@ -24,7 +24,9 @@ from fisherfn.layers.numerics import (
 
 # On a CPU a score of this many bytes is formed, squared and added while it is in the cache; batched
 # products of smaller ones cost less than their calls.
-_CPU_SCORE = 192 * 2**10
+_CPU_SCORE = 256 * 2**10
+# Sums over fewer positions than this leave a thread idle unless rows are the longer side.
+_SHORT = 256
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,11 @@ class Outer(Form):
         """
         if self.positions == 1:
             return accumulate(total, self._factored())
-        if in_place_allowed() and self._large():
-            return self._one_by_one(total)
+        if in_place_allowed():
+            if self._wide():
+                return self._turned(total)
+            if self._large():
+                return self._one_by_one(total)
         each = self.score_bytes // self.columns
         for k in range(self.columns):  # a product of all columns would copy the inputs for each
             column = Outer(self.a, self.g[k : k + 1])
@@ -79,20 +84,33 @@ class Outer(Form):
         least = _CPU_SCORE if self.a.device.type == "cpu" else block_bytes(self.a) // 2
         return self.score_bytes // self.columns >= least
 
-    def _one_by_one(self, total: Tensor | None) -> Tensor:
-        """Form one score at a time, some rows of it, in a buffer that stays in the cache."""
-        r, o, i = self.shape
-        if i <= o:
-            found = self.a.new_empty(self.shape) if total is None else total
-            for k in range(self.columns):
-                _add_squares(found, self.g[k], self.a, fresh=total is None and k == 0)
-            return found
-        # threads share the rows of a product: with more columns than rows it takes twice as long
-        turned = self.a.new_empty((r, i, o))
+    def _wide(self) -> bool:
+        """Return True if the transpose of a score is formed faster, on a CPU.
+
+        Threads share the rows of one product; a short one with more columns takes twice as long.
+        Products of batches are faster if the longer side is stored position by position.
+        """
+        if self.a.device.type != "cpu" or self.shape[2] <= self.shape[1]:
+            return False
+        if self._large():
+            return self.positions <= _SHORT and torch.get_num_threads() > 1
+        return self.a.stride(-1) != 1
+
+    def _turned(self, total: Tensor | None) -> Tensor:
+        """Return what `square_sum` does, from scores with the longer side first."""
+        turned = None
         for k in range(self.columns):
-            _add_squares(turned, self.a, self.g[k], fresh=k == 0)
+            turned = Outer(self.g[k], self.a.unsqueeze(0)).square_sum(turned)
+        assert turned is not None
         found = turned.transpose(-1, -2)
         return found.contiguous() if total is None else total.add_(found)
+
+    def _one_by_one(self, total: Tensor | None) -> Tensor:
+        """Form one score at a time, some rows of it, in a buffer that stays in the cache."""
+        found = self.a.new_empty(self.shape) if total is None else total
+        for k in range(self.columns):
+            _add_squares(found, self.g[k], self.a, fresh=total is None and k == 0)
+        return found
 
     def sum(self) -> Tensor:
         """Return the sum of the scores, `[R, O, I]`."""
