@@ -24,14 +24,12 @@ class Batch:
         targets: Observed labels, in the form the likelihood asks for; only `fisher="empirical"`,
             the scores and the loss look at them.
         mask: bool, broadcastable to the shape of `log_prob`, `[B, *positions]`: what counts. What
-            is
-            masked contributes nothing, is not counted, and its targets are not looked at.
-        weights: float >= 0, `[B]` (`[B, *positions]` for `unit="position"`): multiplicities.
-            Weight 2
-            is the unit twice.
+            is masked contributes nothing, is not counted, and its targets are not looked at.
+        weights: float >= 0, `[B]` (`[B, *positions]` for `unit="position"`): multiplicities. Weight
+            2 is the unit twice.
         ids: int64 `[B]`, names of the examples, `arange(B)` by default. Random labels are drawn
-            from
-            (key, id, position, sample), so they do not depend on the order or the split of a batch.
+            from (key, id, position, sample), so they do not depend on the order or the split of a
+            batch.
         positions: bool like `mask`: which positions exist in the computation (padding does not, a
             prompt does). Default: the mask.
 
@@ -89,9 +87,8 @@ def causal_batch(
     """Return the batch of next-token prediction, with the shift done once, in the data.
 
     `targets[:, t] = input_ids[:, t + 1]`; the last position of each row, and every position whose
-    next
-    token is padding, is masked. The likelihood stays `likelihoods.categorical()`, so a label that
-    is drawn from the model is scored at the very position that predicts it.
+    next token is padding, is masked. The likelihood stays `likelihoods.categorical()`, so a label
+    that is drawn from the model is scored at the very position that predicts it.
 
     Args:
         input_ids: int64 `[B, T]`, token ids, T >= 2.

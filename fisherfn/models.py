@@ -83,8 +83,7 @@ def functional(
 
     Returns:
         `(model, params, buffers)`: the function `model(params, buffers, inputs)`, and two flat
-        dicts
-        from qualified name to (detached) tensor, sharing memory with the module.
+        dicts from qualified name to (detached) tensor, sharing memory with the module.
 
     Raises:
         OptionError: `module` is no module, or `select` chooses nothing or is no regular expression.

@@ -1,12 +1,9 @@
 """The plan check: captured scores against autograd, once per plan, on a few examples.
 
-With coefficients r and a cotangent c, both arbitrary, `Σ_b r_b score_b` from the capture must
-equal the
-ordinary gradient of `Σ_b r_b <c_b, outputs_b>`. Rows in another order, lost taps, swapped sites,
-inputs
-changed in place, uses that nobody saw: each shows up as a difference at the parameter concerned,
-which
-then takes the general path.
+With coefficients r and a cotangent c, both arbitrary, `Σ_b r_b score_b` from the capture must equal
+the ordinary gradient of `Σ_b r_b <c_b, outputs_b>`. Rows in another order, lost taps, swapped
+sites, inputs changed in place, uses that nobody saw: each shows up as a difference at the parameter
+concerned, which then takes the general path.
 """
 
 from __future__ import annotations

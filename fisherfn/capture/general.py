@@ -1,8 +1,7 @@
 """The general path: per-example scores of some parameters by differentiating example by example.
 
 Exact for any model and any use of a parameter, at the price of a forward and a backward for each
-example,
-batched by `vmap` where the model's operations allow it.
+example, batched by `vmap` where the model's operations allow it.
 """
 
 from __future__ import annotations

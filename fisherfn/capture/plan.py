@@ -1,10 +1,8 @@
 """The plan of a model: what to tap, where the examples lie, what needs the general path.
 
 Two passes over the model, with two different numbers of examples, show which axis of each site is
-the
-batch axis: the one whose size changes. A plan holds no tensors and knows no sizes that depend on
-the
-batch; it serves every batch of the same structure.
+the batch axis: the one whose size changes. A plan holds no tensors and knows no sizes that depend
+on the batch; it serves every batch of the same structure.
 """
 
 from __future__ import annotations

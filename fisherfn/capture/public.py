@@ -62,8 +62,7 @@ class Capture:
 
         Args:
             cotangents: Like the outputs: what each example's outputs are multiplied by. The score
-                of
-                example b is the gradient of `<cotangents_b, outputs_b>`.
+                of example b is the gradient of `<cotangents_b, outputs_b>`.
 
         Returns:
             For each parameter its `LeafScores`: `scores()` `[1, B, *shape]`, `square_sum()`,

@@ -1,8 +1,7 @@
 """From cotangents to the scores of every parameter, one parameter at a time.
 
 As soon as the backward has passed all uses of a parameter, its scores are handed over in factored
-form
-and its cotangents can be freed; parameters on the general path follow.
+form and its cotangents can be freed; parameters on the general path follow.
 """
 
 from __future__ import annotations

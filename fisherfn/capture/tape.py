@@ -4,8 +4,7 @@ Two engines do the same thing. The functional one adds a zero to the output of e
 takes `torch.func.vjp` with respect to the zeros: it composes with every transformation and with
 `torch.compile`. The eager one reads the same cotangents from autograd's own graph, without the
 additions and without the wrappers of `torch.func`; it may not be used under a transformation or
-where
-the result must be differentiable itself.
+where the result must be differentiable itself.
 
 Every run is compared with its plan, use by use: which parameter, through which view, in which call,
 with the examples along which axis. A model that behaves otherwise than when it was planned is

@@ -1,8 +1,7 @@
 """Calls that only look at a parameter differently: transposes, reshapes, slices, casts, constants.
 
 The result of such a call still is the parameter, seen through a view; a rule that meets it later
-knows
-where its scores belong.
+knows where its scores belong.
 """
 
 from __future__ import annotations

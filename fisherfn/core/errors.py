@@ -1,8 +1,7 @@
 """The one family of errors.
 
 Every message says what was called, what it expected, what it got, where in the tree (path), and
-what
-to do about it. Each class also derives from the built-in that a caller would naturally catch.
+what to do about it. Each class also derives from the built-in that a caller would naturally catch.
 """
 
 from __future__ import annotations

@@ -94,8 +94,7 @@ def diagonal(
         fisher: Whose labels: "exact" (the model's, in closed form), "mc" (drawn from the model),
             "curvature_prop" (random signs, unbiased), "empirical" (the observed targets).
         num_samples: Draws of labels for each example, for "mc" and "curvature_prop". The
-            expectation
-            does not depend on it; with more than one, the result has a standard error.
+            expectation does not depend on it; with more than one, the result has a standard error.
         unit: What N counts: "example", a row of the batch, or "position", each of its positions.
         chunk_size: Examples processed together; None takes all that memory allows.
 

@@ -1,8 +1,7 @@
 """The loop that every estimator shares: chunks of examples, draws of labels, blocks of columns.
 
 One forward for each chunk; one backward for each distinct kind of labels, draw and block of
-columns;
-every statistic that asked for those labels receives the scores while they exist.
+columns; every statistic that asked for those labels receives the scores while they exist.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """How estimators enter a compiled graph: as one call that Dynamo does not look into.
 
 The capture needs real Python: identity of tensors, attribute access such as `W.T`, a mode that
-watches.
-AOTAutograd traces through it with fake tensors, so the compiled graph contains every operation;
-only
-Dynamo's symbolic interpretation of the Python code is skipped (`torch._dynamo.nonstrict_trace`).
+watches. AOTAutograd traces through it with fake tensors, so the compiled graph contains every
+operation; only Dynamo's symbolic interpretation of the Python code is skipped
+(`torch._dynamo.nonstrict_trace`).
 """
 
 from __future__ import annotations

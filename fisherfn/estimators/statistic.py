@@ -1,8 +1,7 @@
 """What an estimator does with scores: one small accumulator a quantity.
 
-A statistic receives the scores of one parameter after the other, for a block of columns and a
-chunk of
-examples at a time, and never keeps more than its result needs.
+A statistic receives the scores of one parameter after the other, for a block of columns and a chunk
+of examples at a time, and never keeps more than its result needs.
 """
 
 from __future__ import annotations

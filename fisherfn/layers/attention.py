@@ -2,10 +2,8 @@
 
 Fused attention has no forward-mode derivative, no second derivative and no batched pull-back, and
 `multi_head_attention_forward` hides its parameters behind time-major rows. Both are rewritten here
-from
-plain operations: the same function, batch-major, each product through `call`, so that whoever
-watches
-calls sees the parameters.
+from plain operations: the same function, batch-major, each product through `call`, so that whoever
+watches calls sees the parameters.
 
 Tensor format: `[*batch, heads, T, head size]`.
 """

@@ -1,8 +1,7 @@
 """Scale and shift by a parameter that broadcasts: `x * p`, `x + p`, and `p.expand(...)`.
 
 Tensor format: the cotangent is `[K, B, M, *rest]`. The parameter is aligned with the output from
-the
-right; where it has size 1 and the output has more, its score is summed.
+the right; where it has size 1 and the output has more, its score is summed.
 """
 
 from __future__ import annotations

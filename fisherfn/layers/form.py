@@ -1,8 +1,8 @@
 """What a layer's score is made of, whatever the layer: the interface of the three forms.
 
 Shapes: B examples; K columns, the cotangents that were pulled back together (labels, columns of a
-square
-root); a form stands for scores `[K, B, *shape]` of one use of one parameter, without forming them.
+square root); a form stands for scores `[K, B, *shape]` of one use of one parameter, without forming
+them.
 """
 
 from __future__ import annotations

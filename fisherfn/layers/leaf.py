@@ -1,11 +1,9 @@
 """All that a batch says about one parameter: the sum of its uses' scores.
 
-A parameter that is used in several places has one score, the sum over the places, and it is the
-sum that
-is squared. Uses of one form are joined; slices that do not overlap stay apart; a table that is both
-looked up and multiplied by (a tied embedding) has a closed form; everything else adds the scores
-of a few
-examples at a time.
+A parameter that is used in several places has one score, the sum over the places, and it is the sum
+that is squared. Uses of one form are joined; slices that do not overlap stay apart; a table that is
+both looked up and multiplied by (a tied embedding) has a closed form; everything else adds the
+scores of a few examples at a time.
 """
 
 from __future__ import annotations

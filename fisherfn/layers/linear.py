@@ -26,8 +26,8 @@ class MatrixBuilder:
     """Outer products of input rows and cotangent rows.
 
     `transposed`: the argument is `[I, O]`, as in `x @ W`. `left`: the matrix stands on the left,
-    `W @ x`,
-    and vectors are columns. `parts`: the outputs are so many blocks with a meaning of their own.
+    `W @ x`, and vectors are columns. `parts`: the outputs are so many blocks with a meaning of
+    their own.
     """
 
     transposed: bool

@@ -1,8 +1,8 @@
 """Rows picked by an index: embeddings.
 
 Tensor format: `index` is int64 `[B, T]`, the row that each position picks; `g` is `[K, B, T, D]`,
-the
-cotangent of what was picked. The score of example b is `score[v] = Σ_{t: index[b, t] = v} g[b, t]`.
+the cotangent of what was picked. The score of example b is
+`score[v] = Σ_{t: index[b, t] = v} g[b, t]`.
 """
 
 from __future__ import annotations

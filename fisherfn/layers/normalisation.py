@@ -26,8 +26,7 @@ class NormalisedBuilder:
     """The cotangent times the normalised input, summed to the weight's shape.
 
     `normalise` acts on inputs whose leading axes are flattened examples. `first` is the first axis
-    of
-    the input that it looks at; axes before it may be the examples.
+    of the input that it looks at; axes before it may be the examples.
     """
 
     alignment: Alignment

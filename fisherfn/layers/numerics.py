@@ -12,8 +12,7 @@ from torch import Tensor
 from fisherfn.core.modes import transformed
 
 # One block of per-example scores, in bytes. On a CPU a block should stay in the last-level cache;
-# on a
-# GPU, and in compiled code, it only has to bound the memory.
+# on a GPU, and in compiled code, it only has to bound the memory.
 _CPU_BLOCK = 8 * 2**20
 _LARGE_BLOCK = 256 * 2**20
 

@@ -2,13 +2,11 @@
 
 A rule is registered for torch functions. When one of them is called with a parameter, the rule says
 which arguments must be kept and, for each parameter among the arguments, how the kept tensors and
-the
-cotangent of the output make a form.
+the cotangent of the output make a form.
 
 Tensor format given to a builder: every kept tensor is `[B or 1, M, *rest]` and the cotangent is
 `[K, B, M, *rest]`, where M is 1 unless the model had flattened other axes into the batch axis;
-`rest`
-are the tensor's own axes without the batch axis.
+`rest` are the tensor's own axes without the batch axis.
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """From a parameter to the tensor that a layer saw, and back.
 
 A view is a chain of linear steps, each of which only moves, selects or rescales entries. Scores of
-the
-view go back to the parameter through the adjoint of the chain; since no entry is duplicated,
-squares go
-the same way (with the square of any factor).
+the view go back to the parameter through the adjoint of the chain; since no entry is duplicated,
+squares go the same way (with the square of any factor).
 """
 
 from __future__ import annotations

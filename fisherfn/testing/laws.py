@@ -4,8 +4,7 @@ A new estimator joins the table `ESTIMATORS`, a new law the table `LAWS`; each i
 against all of the other.
 
 Example:
-    @given(testing.problems())
-    def test_my_estimator(problem):
+    @given(testing.problems()) def test_my_estimator(problem):
         member = testing.Member("mine", my_estimator)
         testing.batch_split(member, problem)
 """
