@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,9 +96,9 @@ class KroneckerStatistic(Statistic):
         elif self.settings.bias == "separate":
             self._waiting[leaf] = scores
 
+    @abstractmethod
     def take_block(self, place: Place, form: Form) -> None:
         """Receive the scores of one block."""
-        raise NotImplementedError
 
     def take_bias(self, place: Place, scores: Tensor) -> None:
         """Receive the scores `[K, B, R, O]` of a bias that has a block of its own."""
