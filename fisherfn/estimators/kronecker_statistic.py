@@ -22,7 +22,7 @@ from fisherfn.layers.form import Form
 from fisherfn.layers.kronecker import Weights
 from fisherfn.layers.leaf import LeafScores
 from fisherfn.layers.lookup import Lookup
-from fisherfn.layers.views import View, factor
+from fisherfn.layers.views import View, factor, with_plain_sizes
 
 
 @dataclass(frozen=True)
@@ -127,21 +127,23 @@ class KroneckerStatistic(Statistic):
     def _new_place(self, leaf: int, role: Role, form: Form, view: View) -> Place:
         path, s = self.paths[leaf], self.settings
         name = path if role.number is None else f"{path}[{role.number}]"
+        # sizes of parameters stay, also where the compiler would make symbols of them
+        shape, view = tuple(int(n) for n in form.shape), with_plain_sizes(view)
         if isinstance(form, Lookup):
-            rows, outputs = form.shape
+            rows, outputs = shape
             groups, inputs = 1, rows
             steps = (
-                *steps_of(view, form.shape),
+                *steps_of(view, shape),
                 ("permute", (1, 0)),
                 ("reshape", (outputs, rows), (1, outputs, rows)),
             )
         else:
-            groups, outputs, inputs = form.shape
-            steps = steps_of(view, form.shape)
+            groups, outputs, inputs = shape
+            steps = steps_of(view, shape)
         parts = self._parts(path, role, form, outputs)
         if parts > 1:
             cut = (groups * parts, outputs // parts, inputs)
-            steps = (*steps, ("reshape", tuple(form.shape), cut))
+            steps = (*steps, ("reshape", shape, cut))
             groups, outputs = cut[:2]
         bias = None
         if role.bias is not None and s.bias == "joint":

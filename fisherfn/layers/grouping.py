@@ -31,7 +31,15 @@ from fisherfn.layers.leaf import LeafScores
 from fisherfn.layers.lookup import Lookup
 from fisherfn.layers.numerics import accumulate, blocks, in_place_allowed
 from fisherfn.layers.outer import Outer
-from fisherfn.layers.views import Permute, Reshape, Slice, View, factor, pull
+from fisherfn.layers.views import (
+    Permute,
+    Reshape,
+    Slice,
+    View,
+    factor,
+    pull,
+    with_plain_sizes,
+)
 
 Index: TypeAlias = "np.ndarray[Any, Any]"
 Shape: TypeAlias = tuple[int, ...]
@@ -220,7 +228,6 @@ class Grouping:
     fold: Fold
 
 
-@lru_cache(maxsize=4096)
 def grouping(spec: GroupSpec, view: View, shape: Shape) -> Grouping:
     """Return the groups of a parameter as they lie in one view of it.
 
@@ -232,6 +239,11 @@ def grouping(spec: GroupSpec, view: View, shape: Shape) -> Grouping:
     Returns:
         "rows", "columns", "everything" or "both", and the way from sums to groups.
     """
+    return _grouping(spec, with_plain_sizes(view), tuple(int(n) for n in shape))
+
+
+@lru_cache(maxsize=4096)
+def _grouping(spec: GroupSpec, view: View, shape: Shape) -> Grouping:
     nothing = Fold(spec.num_groups, None, ())
     if prod(spec.shape) == 0 or len(shape) < 2 or spec.layout == "elements":
         return Grouping("both", nothing)

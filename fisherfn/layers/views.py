@@ -84,6 +84,21 @@ def pull(view: View, t: Tensor, *, lead: int = 0, power: int = 1) -> Tensor:
     return t
 
 
+def with_plain_sizes(view: View) -> View:
+    """Return the same chain with sizes that are plain integers, which can be compared and hashed.
+
+    Sizes of parameters stay the same, also where the compiler makes symbols of them.
+    """
+    steps: list[Step] = []
+    for step in view:
+        if isinstance(step, Reshape):
+            step = Reshape(tuple(int(n) for n in step.source))
+        elif isinstance(step, Slice):
+            step = Slice(step.dim, int(step.start), int(step.stop), int(step.size))
+        steps.append(step)
+    return tuple(steps)
+
+
 def factor(view: View) -> float:
     """Return the product of the constants in a chain."""
     value = 1.0
