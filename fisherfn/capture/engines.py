@@ -348,6 +348,5 @@ def refuse_checkpointing(error: RuntimeError) -> None:
 
 def _detached(tree: Any) -> Any:
     leaves, structure = trees.flatten(tree)
-    if not any(isinstance(t, Tensor) and t.requires_grad for t in leaves):
-        return tree
-    return trees.unflatten(structure, [t.detach() if isinstance(t, Tensor) else t for t in leaves])
+    free = [t.detach() if isinstance(t, Tensor) and t.requires_grad else t for t in leaves]
+    return trees.unflatten(structure, free)

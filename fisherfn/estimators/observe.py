@@ -63,9 +63,8 @@ class Counted:
         masked = mask is not None
         if mask is None and weights is None:
             places = positions[:1] if unit == "example" else positions
-            if concrete(like):
-                return _everything(positions, places, dtype, like.device)
-            return _all(positions, places, dtype, like.device)
+            kept = concrete(like) and not torch.is_inference_mode_enabled()
+            return (_everything if kept else _all)(positions, places, dtype, like.device)
         if mask is None:
             mask = torch.ones(positions, dtype=torch.bool, device=like.device)
         else:
@@ -107,9 +106,15 @@ def _all(
     return Counted(mask, each, total, False)
 
 
-#: With values these are the same at each step of a stream, and making them takes as long as a layer
-#: of a small model. Results get a count of their own.
-_everything = lru_cache(maxsize=16)(_all)
+@lru_cache(maxsize=16)
+def _everything(
+    positions: tuple[int, ...], places: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Counted:
+    """Count every unit once; remembered, and so not given away."""
+    # at each step of a stream it is the same, and making it takes as long as a small layer
+    found = _all(positions, places, dtype, device)
+    _ = found.root_weights  # computed here, so that no later mode is remembered with it
+    return found
 
 
 def tally_dtype(like: Tensor) -> torch.dtype:
