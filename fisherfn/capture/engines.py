@@ -228,11 +228,7 @@ class EagerRun(Run):
                 # a view is of something that must stay as it is, such as a parameter
                 out = _Root.apply(out.clone() if out._is_view() else out, seed)
             # the edge stays right when the output is written to later
-            node: Any = out.grad_fn
-            if isinstance(node, torch._C._FunctionBase):  # written in Python: needs a token to live
-                edge = get_gradient_edge(out)
-            else:
-                edge = GradientEdge(node, out.output_nr)
+            edge = get_gradient_edge(out)
             if root:
                 self._roots.append(edge)
             self._edges.append(edge)

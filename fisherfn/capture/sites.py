@@ -137,14 +137,9 @@ class Tracker:
         out: Any,
     ) -> str:
         """Say what a call does with parameters: "nothing", a "view" (now known too), or a "use"."""
-        if function in _CONSTANTS:
-            return "nothing"
-        if not isinstance(out, Tensor):
-            results = [t for t in _flat(out) if isinstance(t, Tensor)]
-            if not (results or out is None):
-                return "nothing"  # a question such as p.shape
-        else:
-            results = [out]
+        results = [t for t in _flat(out) if isinstance(t, Tensor)]
+        if function in _CONSTANTS or not (results or out is None):
+            return "nothing"  # a constant, or a question such as p.shape
         if len(touched) == 1:
             source, leaf, view = touched[0]
             steps = steps_of(function, source, args, kwargs, out)

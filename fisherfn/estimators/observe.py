@@ -127,7 +127,7 @@ def _trailing(t: Tensor, rank: int) -> Tensor:
     return t.reshape(*t.shape, *[1] * (rank - t.dim()))
 
 
-def clear_(t: Tensor, dead: Tensor) -> Tensor:
+def _cleared(t: Tensor, dead: Tensor) -> Tensor:
     """Write zeros where `dead`, which broadcasts along trailing axes, is true; return `t`."""
     rank = dead.dim()
     while rank and dead.shape[rank - 1] == 1:
@@ -264,7 +264,7 @@ class Observed:
             if self.mask is not None:
                 # what is masked may have no finite score, so a product is not enough
                 dead = f == 0
-                product = clear_(product, dead) if free else torch.where(dead, 0.0, product)
+                product = _cleared(product, dead) if free else torch.where(dead, 0.0, product)
             return product.to(out.dtype)
 
         return trees.map(one, tree, factors, self.outputs)
