@@ -1,4 +1,7 @@
-"""What each rank does; run as `python scenarios.py RANK WORLD FOLDER`, results go to files."""
+"""What each rank does, run as `python scenarios.py RANK WORLD FOLDER [BACKEND]`; results are files.
+
+With nccl every rank has a GPU of its own, and all its data are there.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import torch.distributed as dist
 import fisherfn as ff
 from fisherfn.core.errors import FisherError
 
+GPU_BACKEND = "nccl"
 KEY = ff.random.key(7)
 LIKELIHOOD = ff.likelihoods.categorical()
 
@@ -23,13 +27,20 @@ def network(width: int = 5) -> tuple[Any, Any, Any]:
         net = torch.nn.Sequential(
             torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, 3)
         ).double()
-    return ff.functional(net)
+    return ff.functional(net.to(device()))
+
+
+def device() -> torch.device:
+    """Return where this rank computes; outside of a group, on the CPU."""
+    on_gpu = dist.is_initialized() and dist.get_backend() == GPU_BACKEND
+    return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
 def batches(sizes: tuple[int, ...] = (2, 3, 1, 4, 2)) -> list[ff.Batch]:
     x = ff.random.normal(ff.random.key(0), (sum(sizes), 4), torch.float64)
     y = torch.arange(sum(sizes)) % 3
-    return [ff.Batch(a, b) for a, b in zip(x.split(sizes), y.split(sizes), strict=True)]
+    pairs = zip(x.to(device()).split(sizes), y.to(device()).split(sizes), strict=True)
+    return [ff.Batch(a, b) for a, b in pairs]
 
 
 def estimators() -> dict[str, Any]:
@@ -65,7 +76,8 @@ def fold(estimator: Any, data: Any, transform: Any = None) -> Any:
     if not data:
         return None
     _, params, buffers = network()
-    return ff.states.accumulate(estimator, params, buffers, data, key=KEY, transform=transform)[1]
+    key = KEY.to(device())
+    return ff.states.accumulate(estimator, params, buffers, data, key=key, transform=transform)[1]
 
 
 def results(rank: int) -> Any:
@@ -149,7 +161,7 @@ def refusals(rank: int) -> Any:
 
     def of(fisher: str, unit: str = "example") -> Any:
         fim = ff.diagonal(model, LIKELIHOOD, fisher=fisher, unit=unit)
-        return fim(params, buffers, batches()[0], key=KEY)
+        return fim(params, buffers, batches()[0], key=KEY.to(device()))
 
     F = of("mc")
     reduce = ff.distributed.all_reduce
@@ -164,9 +176,9 @@ def refusals(rank: int) -> Any:
         "tensors": _refused(lambda: reduce(tree)),
         "nothing": _refused(lambda: reduce(None)),
         "rows": _refused(lambda: reduce(ff.dense(model, LIKELIHOOD, fisher="mc")(
-            params, buffers, batches()[0], key=KEY), sharded=True)),
+            params, buffers, batches()[0], key=KEY.to(device())), sharded=True)),
         "gathered_rows": _refused(lambda: reduce(ff.low_rank(model, LIKELIHOOD, fisher="mc")(
-            params, buffers, batches()[0], key=KEY), sharded=True)),
+            params, buffers, batches()[0], key=KEY.to(device())), sharded=True)),
         "dtype": _refused(lambda: reduce(F, dtype=torch.int8)),
         "both": _refused(lambda: reduce(F, dtype=torch.bfloat16, sharded=True)),
     }  # fmt: skip
@@ -178,7 +190,7 @@ def dtensors(rank: int) -> Any:
     from torch.distributed.tensor import Shard, distribute_tensor
 
     model, params, buffers = network()
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    mesh = init_device_mesh(device().type, (dist.get_world_size(),))
     spread = {name: distribute_tensor(p, mesh, [Shard(0)]) for name, p in params.items()}
     fim = ff.diagonal(model, LIKELIHOOD, fisher="empirical")
     refused = _refused(lambda: fim(spread, buffers, batches()[0]))
@@ -199,9 +211,12 @@ SCENARIOS = (results, states, no_data, sharded, traffic, refusals, dtensors)
 
 def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    backend = sys.argv[4] if len(sys.argv) > 4 else "gloo"
     torch.set_num_threads(1)
+    if backend == GPU_BACKEND:
+        torch.cuda.set_device(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world
+        backend, init_method=f"file://{folder}/meeting", rank=rank, world_size=world
     )
     for scenario in SCENARIOS:
         ff.io.save(folder / f"{scenario.__name__}-{rank}", scenario(rank))

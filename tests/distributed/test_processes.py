@@ -21,12 +21,12 @@ ROOT = Path(__file__).resolve().parents[2]
 Ranks = dict[str, list[Any]]
 
 
-def started(world: int, folder: Path) -> Ranks:
+def started(world: int, backend: str, folder: Path) -> Ranks:
     """Run all scenarios in so many processes and return what each of them found."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
     processes = [
         subprocess.Popen(
-            [sys.executable, scenarios.__file__ or "", str(rank), str(world), str(folder)],
+            [sys.executable, scenarios.__file__ or "", str(rank), str(world), str(folder), backend],
             env=environment,
             stderr=subprocess.PIPE,
             text=True,
@@ -43,9 +43,16 @@ def started(world: int, folder: Path) -> Ranks:
     }
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(3, marks=pytest.mark.slow)])
+WORLDS = [
+    pytest.param((2, "gloo"), id="2"),
+    pytest.param((3, "gloo"), id="3", marks=pytest.mark.slow),
+    pytest.param((2, scenarios.GPU_BACKEND), id="2-nccl", marks=pytest.mark.gpu),
+]
+
+
+@pytest.fixture(scope="module", params=WORLDS)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return started(request.param, tmp_path_factory.mktemp("ranks"))
+    return started(*request.param, tmp_path_factory.mktemp("ranks"))
 
 
 def identical(a: Any, b: Any) -> None:
