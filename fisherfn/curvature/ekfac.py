@@ -34,7 +34,8 @@ from fisherfn.curvature.common import (
     wide,
     widest,
 )
-from fisherfn.curvature.kronecker import Block, Kronecker
+from fisherfn.curvature.kronecker import Block
+from fisherfn.curvature.kronecker_base import Kronecker
 from fisherfn.curvature.kronecker_spectra import in_basis
 from fisherfn.curvature.layout import Layout
 

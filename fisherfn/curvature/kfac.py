@@ -38,7 +38,8 @@ from fisherfn.curvature.common import (
     widest,
 )
 from fisherfn.curvature.ekfac import EKFAC
-from fisherfn.curvature.kronecker import Block, Kronecker
+from fisherfn.curvature.kronecker import Block
+from fisherfn.curvature.kronecker_base import Kronecker
 from fisherfn.curvature.kronecker_factors import (
     Side,
     added,

@@ -33,7 +33,7 @@ from fisherfn.curvature import (
     layer_groups,
     leaf_groups,
 )
-from fisherfn.curvature.kronecker import Block, Piece
+from fisherfn.curvature.kronecker import Block, Layer, Piece
 
 KINDS = (
     "diagonal",
@@ -46,6 +46,8 @@ KINDS = (
     "pooled",
     "kfac",
     "ekfac",
+    "joint_kfac",
+    "joint_ekfac",
 )
 
 
@@ -119,7 +121,7 @@ def build(
         both = rows.double(), weights.double()
         sums = sum((w * torch.outer(s, s) for s, w in zip(*both, strict=True)), torch.zeros(n, n))
         return Case(kind, LowRank(tree, weights, count, **options), sums, params)
-    if kind in ("kfac", "ekfac"):
+    if kind.endswith("kfac"):
         return kronecker(
             kind, layout, whole.diagonal(), count, params, seed, rank, floor, **options
         )
@@ -184,10 +186,19 @@ def kronecker(
     floor: float,
     **options: Any,
 ) -> Case:
-    """A block for each matrix, with the bias of its layer, and the diagonal for everything else."""
+    """A block for each matrix, with the bias of its layer, and the diagonal for everything else.
+
+    Of the joint kinds, matrices with as many columns share a block, without biases.
+    """
     shapes = dict(zip(layout.paths, layout.shapes, strict=True))
-    blocks = [kronecker_block(path, shapes) for path in shapes if len(shapes[path]) == 2]
-    taken = {piece.path for b in blocks for piece in (b.weight, b.bias) if piece is not None}
+    matrices = [path for path in shapes if len(shapes[path]) == 2]
+    if kind.startswith("joint"):
+        widths = dict.fromkeys(shapes[path][1] for path in matrices)
+        blocks = [joint_block([p for p in matrices if shapes[p][1] == n], shapes) for n in widths]
+        kind = kind.removeprefix("joint_")
+    else:
+        blocks = [kronecker_block(path, shapes) for path in matrices]
+    taken = {path for b in blocks for path in b.paths()}
     values = dict(zip(layout.paths, trees.leaves(layout.unravel(diagonal)), strict=True))
     rest = {path: values[path] for path in layout.paths if path not in taken}
     dtype = diagonal.dtype
@@ -229,15 +240,28 @@ def kronecker_block(path: str, shapes: dict[str, tuple[int, ...]]) -> Block:
     return Block(path, weight, bias, 1, outputs, inputs + 1)
 
 
+def joint_block(paths: list[str], shapes: dict[str, tuple[int, ...]]) -> Block:
+    """One block of several matrices, the last one first."""
+    layers = []
+    for path in reversed(paths):
+        rows, width = shapes[path]
+        layers.append(
+            Layer(Piece(path, (("reshape", (rows, width), (1, rows, width)),)), None, rows)
+        )
+    name, outputs = "+".join(layer.weight.path for layer in layers), sum(x.outputs for x in layers)
+    return Block(name, layers[0].weight, None, 1, outputs, width, beside=tuple(layers[1:]))
+
+
 def coordinates(b: Block, layout: Layout) -> list[int]:
     """Where in a vector of all parameters the entries of a block are, row by row."""
     starts = {path: sum(layout.sizes[:i]) for i, path in enumerate(layout.paths)}
     width = b.inputs - (b.bias is not None)
     found = []
-    for o in range(b.outputs):
-        found += [starts[b.weight.path] + o * width + i for i in range(width)]
-        if b.bias is not None:
-            found.append(starts[b.bias.path] + o)
+    for layer in (Layer(b.weight, b.bias, b.outputs - sum(x.outputs for x in b.beside)), *b.beside):
+        for o in range(layer.outputs):
+            found += [starts[layer.weight.path] + o * width + i for i in range(width)]
+            if layer.bias is not None:
+                found.append(starts[layer.bias.path] + o)
     return found
 
 
