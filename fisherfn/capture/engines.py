@@ -31,6 +31,8 @@ class Run(ABC):
 
     outputs: Any
     kept: list[tuple[Tensor, ...]]
+    #: For each tap, a mark of its first kept input, which is equal where that is the same tensor.
+    sources: list[Any]
     #: Whether columns are better pulled back one after the other than together.
     serial: bool = False
 
@@ -126,6 +128,7 @@ class FunctionalRun(Run):
             with tape:
                 outputs = model(params, buffers, inputs)
             tape.finish(plan)
+            self.sources = tape.sources
             return outputs, tape.kept
 
         if not zeros:
@@ -243,6 +246,7 @@ class EagerRun(Run):
         self._live = outputs
         self.outputs = _detached(outputs)
         self.kept = [tuple(t.detach() for t in group) for group in tape.kept]
+        self.sources = tape.sources
 
     def zero_cotangent(self, index: int) -> Tensor:
         """Return a cotangent of zero."""

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from fisherfn.capture.plan import Axis, Plan, Tap
 from fisherfn.capture.sites import Tracker, is_attention, refuse_noise, rewritten
 from fisherfn.core.errors import UnsupportedError
+from fisherfn.core.modes import version
 from fisherfn.layers import attention
 from fisherfn.layers.form import Form
 from fisherfn.layers.registry import bind, rule_for
@@ -62,6 +63,8 @@ class Tape(TorchFunctionMode):
         self.plain = plain
         self.number = 0
         self.kept: list[tuple[Tensor, ...]] = []
+        #: For each tap, a mark of its first kept input: equal for one object, while all are kept.
+        self.sources: list[Any] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -98,6 +101,7 @@ class Tape(TorchFunctionMode):
         if index != len(self.kept) or len(kept) != len(tap.kept):
             raise _mismatch(f"{tap.rule} comes in another order or with other arguments")
         self.kept.append(kept)
+        self.sources.append((id(kept[0]), version(kept[0])) if kept else None)
         return self.tap(index, tap, out)
 
     def _compare(

@@ -160,10 +160,10 @@ class Block:
 
 def block_from(text: str) -> Block:
     """Return the description that `Block.text` wrote."""
-    name, weight, bias, *others, beside = _parsed(text)
-    first = _layer(weight, bias, 0)
-    further = tuple([_layer(*layer) for layer in beside])
-    return Block(name, first.weight, first.bias, *others, further)
+    name, weight, bias, groups, outputs, inputs, output_form, input_form, beside = _parsed(text)
+    first, further = _layer(weight, bias, outputs), tuple([_layer(*layer) for layer in beside])
+    sizes = groups, outputs, inputs
+    return Block(name, first.weight, first.bias, *sizes, output_form, input_form, further)
 
 
 def _layer(weight: Any, bias: Any, outputs: int) -> Layer:

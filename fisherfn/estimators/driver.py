@@ -20,7 +20,7 @@ from fisherfn.capture.planning import plan_for, remember
 from fisherfn.capture.scores import Captured, Consumer
 from fisherfn.capture.tape import PlanMismatchError
 from fisherfn.core import trees
-from fisherfn.core.modes import transformed
+from fisherfn.core.modes import concrete, transformed
 from fisherfn.estimators import checks
 from fisherfn.estimators.observe import (
     FORWARD_ONLY,
@@ -29,7 +29,12 @@ from fisherfn.estimators.observe import (
     check_budget,
     columns_needed,
 )
-from fisherfn.estimators.observer import Observer, outside_inference, part_of, without_dead
+from fisherfn.estimators.observer import (
+    DeadExamplesError,
+    Observer,
+    outside_inference,
+    part_of,
+)
 from fisherfn.estimators.statistic import Frame, Statistic
 from fisherfn.layers.leaf import LeafScores
 from fisherfn.likelihoods.base import Likelihood
@@ -66,8 +71,31 @@ def evaluate(
     batch: Batch,
     key: Tensor | None,
     chunk_size: int | None,
+    *,
+    repair: bool = False,
 ) -> list[Any]:
-    """Do all tasks on one batch and return their results."""
+    """Do all tasks on one batch.
+
+    Args:
+        caller: The function that was called, for errors.
+        model: Function `(params, buffers, inputs) -> outputs`.
+        likelihood: What turns outputs into a distribution.
+        tasks: What to compute.
+        params: The parameters.
+        buffers: What else the model reads.
+        batch: The examples.
+        key: For kinds that draw.
+        chunk_size: Examples processed together.
+        repair: Look right after each forward for examples that neither count nor are finite. On a
+            GPU that waits, so it is done at the end, and everything once more if there were any.
+
+    Returns:
+        A result for each task.
+
+    Raises:
+        FisherError: params, batch, key or options do not fit.
+        PlanMismatchError: the calls of the model cannot be followed.
+    """
     if torch.is_inference_mode_enabled():
         with torch.inference_mode(False):
             params, buffers, batch, key = trees.map(
@@ -85,10 +113,23 @@ def evaluate(
     totals: list[Tensor] = []
     for attempt in range(3):
         jobs = [_Job(task.labels, task.make()) for task in tasks]
-        loop = _Loop(caller, model, likelihood, jobs, params, buffers, batch, key, size)
+        loop = _Loop(caller, model, likelihood, jobs, params, buffers, batch, key, size, repair)
         try:
             totals = loop.run(plan, chunk_size)
             break
+        except DeadExamplesError:
+            return evaluate(
+                caller,
+                model,
+                likelihood,
+                tasks,
+                params,
+                buffers,
+                batch,
+                key,
+                chunk_size,
+                repair=True,
+            )
         except PlanMismatchError as error:
             if attempt == 0:  # other sizes than those of the plan may change the model's calls
                 plan = plan_for(model, params, buffers, batch.inputs, afresh=True)
@@ -121,8 +162,9 @@ class _Loop:
         batch: Batch,
         key: Tensor | None,
         size: int,
+        repair: bool,
     ) -> None:
-        self.caller = caller
+        self.caller, self.repair = caller, repair
         self.model, self.likelihood, self.jobs = model, likelihood, jobs
         self.params, self.buffers, self.batch, self.size = params, buffers, batch, size
         normalised = any(job.statistic.normalised for job in jobs)
@@ -192,10 +234,16 @@ class _Loop:
         captured = Captured(self.model, self.params, self.buffers, inputs, plan, plain=many)
         observed = self._observe(captured.outputs, groups, start, stop)
         counted = next(iter(observed.values())).counted
-        repaired = without_dead(inputs, captured.outputs, counted)
+        repaired = None
+        if self.repair or not _reading_waits(captured.outputs):
+            repaired = self.observer.without_dead(inputs, captured.outputs, counted)
+        elif counted.masked and concrete(counted.mask, *trees.leaves(captured.outputs)):
+            self.observer.doubt(captured.outputs, counted)
         if repaired is not None:
             captured = Captured(self.model, self.params, self.buffers, repaired, plan, plain=many)
             observed = self._observe(captured.outputs, groups, start, stop)
+        for job in self.jobs:
+            job.statistic.sources(captured.run.sources)
         if samples[0] == 0:
             for labels, jobs in groups.items():
                 for job in jobs:
@@ -271,6 +319,11 @@ class _Loop:
         units = dict.fromkeys(labels.unit for labels in groups)
         targets_count = any(labels.fisher == "empirical" for labels in groups)
         return self.observer.observe(outputs, units, start, stop, targets_count=targets_count)
+
+
+def _reading_waits(outputs: Any) -> bool:
+    """Return True where looking at a value waits for all that was asked for before."""
+    return trees.leaves(outputs)[0].device.type != "cpu"
 
 
 def _receiver(jobs: Sequence[_Job], observed: Observed) -> Consumer:

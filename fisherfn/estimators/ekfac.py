@@ -10,7 +10,7 @@ it takes a pass of its own once a basis is known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -22,8 +22,9 @@ from fisherfn.curvature import EKFAC, KFAC, Layout
 from fisherfn.curvature.common import at
 from fisherfn.curvature.kronecker import Block
 from fisherfn.estimators.estimator import Estimator
-from fisherfn.estimators.kfac import Factors, check_settings
-from fisherfn.estimators.kronecker_statistic import KroneckerStatistic, Place, Settings
+from fisherfn.estimators.kfac import Factors
+from fisherfn.estimators.kronecker_settings import Settings
+from fisherfn.estimators.kronecker_statistic import KroneckerStatistic, Place
 from fisherfn.estimators.statistic import Frame, Statistic
 from fisherfn.layers.convolution import Unfolded
 from fisherfn.layers.form import Form
@@ -37,7 +38,7 @@ class Scales(KroneckerStatistic):
 
     def __init__(self, settings: Settings, basis: EKFAC, source: str) -> None:
         """Take the bases of a result; `source` says where they come from."""
-        super().__init__(settings)
+        super().__init__("ekfac", settings)
         self.basis = basis
         self.source = source
         self._known = {b.name: b for b in basis.blocks}
@@ -60,11 +61,9 @@ class Scales(KroneckerStatistic):
             )
             self._scales[b.name] = accumulate(self._scales.get(b.name), found)
 
-    def take_bias(self, place: Place, scores: Tensor) -> None:
-        """Add the squares of a bias with a block of its own, [K, B, R, O]."""
-        own = self.separate(place)
-        assert own is not None
-        b = self._known_block(own)
+    def take_bias(self, block: Block, scores: Tensor) -> None:
+        """Add the squares of biases with a block of their own, [K, B, R, O]."""
+        b = self._known_block(block)
         left = self.basis.output_basis[b.name]
         columns = scores.flatten(0, 1).movedim(1, 0)
         inside = (columns @ left.to(columns.dtype)).square().sum(1)
@@ -128,6 +127,7 @@ def ekfac(
     approx: str = "expand",
     bias: str = "joint",
     partition: Mapping[str, int] | None = None,
+    joint: Sequence[Sequence[str]] = (),
     num_samples: int = 1,
     unit: str = "example",
     widest: int = 8192,
@@ -149,6 +149,7 @@ def ekfac(
             either basis.
         bias: As for `kfac`.
         partition: As for `kfac`.
+        joint: As for `kfac`.
         num_samples: Draws of labels for each example.
         unit: What N counts.
         widest: As for `kfac`. In such a factor only the span of the rows has eigenvectors; the
@@ -177,17 +178,10 @@ def ekfac(
         >>> F.scales["w"].mT, F.basis
         (tensor([[[0.0000, 1.2500]]], dtype=torch.float64), 'batch')
     """
-    options: dict[str, Any] = {
-        "fisher": fisher,
-        "approx": approx,
-        "bias": bias,
-        "partition": partition,
-        "num_samples": num_samples,
-        "unit": unit,
-        "widest": widest,
-        "chunk_size": chunk_size,
-    }
-    labels, settings = check_settings("ekfac", model, options, forward_only=False)
+    settings = Settings(
+        fisher, approx, bias, partition, joint, num_samples, unit, widest, chunk_size
+    )
+    labels = settings.check("ekfac", model, forward_only=False)
     lik = resolve("ekfac", likelihood)
     source = "batch" if basis is None else "given"
 
@@ -197,9 +191,9 @@ def ekfac(
             "ekfac",
             model,
             lik,
-            {"basis": None, **options},
+            {"basis": None, **settings.options()},
             labels,
-            lambda: Factors(settings),
+            lambda: Factors("ekfac", settings),
             lambda found, params: EKFAC.restored(found, Layout.of(params), source, **static),
             lambda factors: _second(settings, factors),
         )
@@ -218,7 +212,7 @@ def ekfac(
         "ekfac",
         model,
         lik,
-        {"basis": basis, **options},
+        {"basis": basis, **settings.options()},
         labels,
         lambda: Scales(settings, given, source),
         rebuild,

@@ -10,24 +10,19 @@ examples. Every other parameter keeps its exact diagonal, so that the result is 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fisherfn.core.errors import OptionError
 from fisherfn.core.modes import concrete, transformed
 from fisherfn.curvature import KFAC, Layout
-from fisherfn.estimators import checks
+from fisherfn.curvature.kronecker import Block
 from fisherfn.estimators.estimator import Estimator
-from fisherfn.estimators.kronecker_statistic import (
-    KroneckerStatistic,
-    Place,
-    Settings,
-    existing,
-)
-from fisherfn.estimators.observe import FORWARD_ONLY, Labels, Observed
+from fisherfn.estimators.kronecker_settings import Settings
+from fisherfn.estimators.kronecker_statistic import Beside, KroneckerStatistic, Place, existing
+from fisherfn.estimators.observe import Observed
 from fisherfn.estimators.statistic import Frame
 from fisherfn.layers.convolution import Unfolded
 from fisherfn.layers.form import Form
@@ -36,16 +31,13 @@ from fisherfn.layers.numerics import accumulate
 from fisherfn.layers.outer import Outer
 from fisherfn.likelihoods import resolve
 
-APPROXES = ("expand", "reduce")
-BIASES = ("joint", "separate", "diagonal")
-
 
 class Factors(KroneckerStatistic):
     """Sums of the second moments of inputs and cotangents."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, caller: str, settings: Settings) -> None:
         """Start empty."""
-        super().__init__(settings)
+        super().__init__(caller, settings)
         self._inputs: dict[str, Moments] = {}
         self._outputs: dict[str, Tensor] = {}
         self._weights = Weights()
@@ -71,7 +63,7 @@ class Factors(KroneckerStatistic):
             found = self._moments(place, form)
             old = self._inputs.get(b.name)
             self._inputs[b.name] = found if old is None else _plus(old, found, b.input_form)
-        if s.fisher == FORWARD_ONLY:
+        if s.forward_only:
             return
         keep = b.output_form == "rows"
         found = output_moments(form, reduce=s.reduce, parts=place.parts, keep_rows=keep)
@@ -118,7 +110,7 @@ class Factors(KroneckerStatistic):
             A = finished[known]
             blocks.append(b)
             inputs[b.name], rows[b.name] = A, moments.rows.to(frame.total.dtype)
-            if self.settings.fisher == FORWARD_ONLY:
+            if self.settings.forward_only:
                 eye = torch.eye(b.outputs, dtype=A.dtype, device=A.device)
                 outputs[b.name] = eye.expand(b.groups, -1, -1).contiguous()
             else:
@@ -127,11 +119,13 @@ class Factors(KroneckerStatistic):
                 outputs[b.name] = G * root if scale != 1 else G
             beside = self.separate(place)
             if beside is not None:
-                blocks.append(beside)
-                inputs[beside.name] = A.new_ones(1, 1, 1)
-                outputs[beside.name], rows[beside.name] = outputs[b.name], rows[b.name]
+                own = beside.block
+                blocks.append(own)
+                inputs[own.name], rows[own.name] = A.new_ones(1, 1, 1), rows[b.name]
+                G = outputs[b.name]
+                outputs[own.name] = G if beside.outputs is None else _restricted(G, b, beside)
         rest = self.rest()
-        if self.settings.fisher == FORWARD_ONLY:
+        if self.settings.forward_only:
             covered = {path for b in blocks for path in b.paths()}
             named = zip(self.paths, self.leaves, strict=True)
             rest = {path: _ones(leaf) for path, leaf in named if path not in covered}
@@ -147,6 +141,15 @@ class Factors(KroneckerStatistic):
             fisher=frame.fisher,
             unit=frame.unit,
         )
+
+
+def _restricted(G: Tensor, b: Block, beside: Beside) -> Tensor:
+    """Return the output factor of the layers that have a bias, in the form of their block."""
+    index = torch.tensor(beside.outputs, device=G.device)
+    if b.output_form == "matrix":
+        return G[:, index][:, :, index]
+    rows = G[..., index]
+    return rows if beside.block.output_form == "rows" else rows.mT @ rows
 
 
 def _ones(leaf: Tensor) -> Tensor:
@@ -179,49 +182,6 @@ def _finished(A: Tensor, place: Place) -> Tensor:
     return A
 
 
-def check_settings(
-    caller: str, model: Any, options: dict[str, Any], *, forward_only: bool
-) -> tuple[Labels, Settings]:
-    """Return labels and settings of a Kronecker estimator, or raise `OptionError`."""
-    fisher, num_samples = options["fisher"], options["num_samples"]
-    asked = "empirical" if forward_only and fisher == FORWARD_ONLY else fisher
-    labels = checks.check_options(
-        caller, model, asked, num_samples, options["unit"], options["chunk_size"]
-    )
-    if fisher == FORWARD_ONLY:
-        labels = Labels(FORWARD_ONLY, 1, options["unit"])
-    for name, allowed in (("approx", APPROXES), ("bias", BIASES)):
-        if options[name] not in allowed:
-            raise OptionError(
-                f"{caller}: expected {name}= to be one of {', '.join(map(repr, allowed))}, got "
-                f"{options[name]!r}. See the documentation of {caller} for what they mean."
-            )
-    widest = options["widest"]
-    if isinstance(widest, bool) or not isinstance(widest, int) or widest < 1:
-        raise OptionError(
-            f"{caller}: expected widest= to be an integer of at least 1, got {widest!r}. It is the "
-            "size of the largest factor that is kept as a matrix."
-        )
-    partition = _partition(caller, options["partition"])
-    made = options["approx"], options["bias"], widest, partition, fisher, num_samples
-    return labels, Settings(*made)
-
-
-def _partition(caller: str, given: Any) -> tuple[tuple[str, int], ...]:
-    """Return the option as pairs, checked."""
-    if given is None:
-        return ()
-    pairs: list[Any] = list(given.items()) if isinstance(given, Mapping) else [(None, given)]
-    for path, many in pairs:
-        number = isinstance(many, int) and not isinstance(many, bool) and many >= 1
-        if not (isinstance(path, str) and number):
-            raise OptionError(
-                f"{caller}: expected partition= to be a dict from paths of weights to numbers of "
-                f"blocks, got {given!r}. For four heads: {{'attn.q.weight': 4}}."
-            )
-    return tuple(pairs)
-
-
 def kfac(
     model: Any,
     likelihood: Any,
@@ -230,6 +190,7 @@ def kfac(
     approx: str = "expand",
     bias: str = "joint",
     partition: Mapping[str, int] | None = None,
+    joint: Sequence[Sequence[str]] = (),
     num_samples: int = 1,
     unit: str = "example",
     widest: int = 8192,
@@ -253,6 +214,11 @@ def kfac(
             G of its own; "diagonal": its exact diagonal.
         partition: Into how many blocks that do not interact the outputs of a weight are cut, by its
             path: heads, for instance.
+        joint: Tuples of paths of weights that share a block: layers that read the same input, such
+            as queries, keys and values, or both halves of a gated layer. With the moment A of that
+            input and the joint moment G of their cotangents, the block is that of one layer whose
+            weights, and biases, are theirs, stacked in this order; it is called, for instance,
+            "q.weight+k.weight". With `partition`, the first pieces of all form a block, and so on.
         num_samples: Draws of labels for each example.
         unit: What N counts: "example" or "position".
         widest: Factors of more rows are not formed, as for the outputs of a large vocabulary. Their
@@ -283,20 +249,16 @@ def kfac(
         (tensor([[[4.]]], dtype=torch.float64), tensor([[[ 0.2500, -0.2500],
                  [-0.2500,  0.2500]]], dtype=torch.float64))
     """
-    options: dict[str, Any] = {
-        "fisher": fisher,
-        "approx": approx,
-        "bias": bias,
-        "partition": partition,
-        "num_samples": num_samples,
-        "unit": unit,
-        "widest": widest,
-        "chunk_size": chunk_size,
-    }
-    labels, settings = check_settings("kfac", model, options, forward_only=True)
+    settings = Settings(
+        fisher, approx, bias, partition, joint, num_samples, unit, widest, chunk_size
+    )
+    labels = settings.check("kfac", model, forward_only=True)
     lik = resolve("kfac", likelihood)
 
     def rebuild(found: Any, params: Any) -> KFAC:
         return KFAC.restored(found, Layout.of(params), approx, fisher=fisher, unit=unit)
 
-    return Estimator("kfac", model, lik, options, labels, lambda: Factors(settings), rebuild)
+    def make() -> Factors:
+        return Factors("kfac", settings)
+
+    return Estimator("kfac", model, lik, settings.options(), labels, make, rebuild)

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from fisherfn.capture.plan import Plan, Use
+from fisherfn.capture.plan import Plan, Tap, Use
 from fisherfn.curvature.kronecker import Step
 from fisherfn.layers.convolution import ConvolutionBuilder
 from fisherfn.layers.elementwise import ShiftBuilder
@@ -32,12 +33,21 @@ class Role:
         number: Which of several uses it is; None if it is the only one.
         bias: Leaf and part of the bias that is added to the output, or None.
         parts: Blocks of outputs that do not interact: queries, keys and values.
+        tap: Which call of the plan it is.
+        reading: How the rows of the input come from it; equal for layers of one kind.
     """
 
     view: View
     number: int | None
     bias: tuple[int, View] | None
     parts: int
+    tap: int
+    reading: tuple[Any, ...]
+
+
+def named(path: str, role: Role) -> str:
+    """Return the name of the block of a weight, or of the bias of one."""
+    return path if role.number is None else f"{path}[{role.number}]"
 
 
 @dataclass(frozen=True)
@@ -75,10 +85,20 @@ class Roles:
                     number if many else None,
                     partners.get((leaf, index)),
                     getattr(use.builder, "parts", 1),
+                    index,
+                    _reading(plan.taps[index], use),
                 )
                 for number, (index, use) in enumerate(places)
             )
         return Roles(roles, frozenset(biases))
+
+    def members(self, paths: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Return leaf and number of every block of a weight, by name."""
+        return {
+            named(paths[leaf], role): (leaf, role.number or 0)
+            for leaf, roles in self.weights.items()
+            for role in roles
+        }
 
     def role(self, leaf: int, view: View) -> Role:
         """Return the role of a use that sees a leaf through a view, which a builder may extend."""
@@ -86,6 +106,17 @@ class Roles:
             if view[: len(role.view)] == role.view:
                 return role
         raise AssertionError("every use was planned")
+
+
+def _reading(tap: Tap, use: Use) -> tuple[Any, ...]:
+    """Return the kind of a layer, then all that decides how it reads a given input."""
+    builder, axes = use.builder, (tap.kept_axes, tap.axis, tap.rank)
+    if isinstance(builder, MatrixBuilder):
+        return ("matrix", builder.left, *axes)
+    if isinstance(builder, ConvolutionBuilder):
+        kind = "transposed convolution" if builder.transposed else "convolution"
+        return (kind, builder.geometry, *axes)
+    return ("table", *axes)
 
 
 def _is_weight(leaf: Tensor, uses: Sequence[Use]) -> bool:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,8 +15,10 @@ from fisherfn.core import trees
 from fisherfn.core.errors import DataError, OptionError
 from fisherfn.core.modes import concrete
 from fisherfn.curvature.common import at
-from fisherfn.curvature.kronecker import Block, Piece
-from fisherfn.estimators.kronecker_roles import Role, Roles, steps_of
+from fisherfn.curvature.kronecker import Block, Layer, Piece
+from fisherfn.estimators.kronecker_groups import Group, groups_of
+from fisherfn.estimators.kronecker_roles import Role, Roles, named, steps_of
+from fisherfn.estimators.kronecker_settings import Settings
 from fisherfn.estimators.observe import Observed
 from fisherfn.estimators.statistic import Statistic
 from fisherfn.layers.form import Form
@@ -26,29 +29,18 @@ from fisherfn.layers.views import View, factor, with_plain_sizes
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The options of a Kronecker estimator that decide what is accumulated."""
-
-    approx: str = "expand"
-    bias: str = "joint"
-    widest: int = 8192
-    partition: tuple[tuple[str, int], ...] = ()
-    fisher: str = "exact"
-    num_samples: int = 1
-
-    @property
-    def reduce(self) -> bool:
-        """Whether rows of an example are put together first."""
-        return self.approx == "reduce"
-
-
-@dataclass(frozen=True)
 class Place:
-    """What is static about one use of a weight: its block, and how its forms are read."""
+    """What is static about one block: what it is about, and how its forms are read.
+
+    Attributes:
+        block: Its description.
+        members: Leaf and number of the use of each of its weights.
+        parts: Into how many blocks the outputs of each group are cut.
+        factor: What its weights are multiplied by.
+    """
 
     block: Block
-    leaf: int
-    number: int
+    members: tuple[tuple[int, int], ...]
     parts: int
     factor: float
 
@@ -58,75 +50,139 @@ class Place:
         return self.block.bias is not None
 
 
+@dataclass(frozen=True)
+class Beside:
+    """The block of the biases of a place, apart from that of its weights.
+
+    Attributes:
+        block: Its description.
+        members: Those of the place's members that have a bias.
+        outputs: Which outputs of the place these have; None: all of them.
+    """
+
+    block: Block
+    members: tuple[tuple[int, int], ...]
+    outputs: tuple[int, ...] | None
+
+
 class KroneckerStatistic(Statistic):
     """Base of the statistics about Kronecker blocks: who is who among the parameters."""
 
-    def __init__(self, settings: Settings) -> None:
-        """Start empty."""
+    def __init__(self, caller: str, settings: Settings) -> None:
+        """Start empty; errors are raised on behalf of `caller`."""
+        self.caller = caller
         self.settings = settings
         self.paths: list[str] = []
         self.leaves: list[Tensor] = []
         self.roles = Roles({}, frozenset())
-        self.places: dict[tuple[int, int], Place] = {}
+        self.places: dict[tuple[tuple[int, int], ...], Place] = {}
+        self._groups: dict[tuple[int, int], Group] = {}
+        self._arrived: dict[Group, dict[tuple[int, int], tuple[Form, View]]] = {}
+        self._sources: Sequence[Any] = ()
         self._rest: dict[int, Tensor] = {}
         self._waiting: dict[int, LeafScores] = {}
 
     def begin(self, params: Any) -> None:
         """Learn paths and shapes."""
         self.paths, self.leaves = trees.paths(params), trees.leaves(params)
-        for path, _ in self.settings.partition:
+        for path in self.settings.partition or {}:
             if path not in self.paths:
                 raise OptionError(
-                    f"kfac: expected partition= to name weights among {self.paths}, got {path!r}. "
-                    "Use the paths of ff.tree.paths(params)."
+                    f"{self.caller}: expected partition= to name weights among {self.paths}, got "
+                    f"{path!r}. Use the paths of ff.tree.paths(params)."
                 )
 
     def plan(self, plan: Plan) -> None:
         """Learn which parameters have blocks."""
         self.roles = Roles.of(plan, self.leaves)
+        if self.settings.joint:
+            groups = groups_of(self.caller, self.settings, self.paths, self.roles, plan)
+            self._groups = {member: group for group in groups for member in group.members}
+
+    def sources(self, marks: Sequence[Any]) -> None:
+        """Learn which layers were called with one tensor."""
+        self._sources = marks
 
     def take(self, leaf: int, scores: LeafScores, root_weights: Tensor) -> None:
         """Hand the uses of a weight on; add squares of what has no block."""
         if leaf in self.roles.weights:
             for form, view in scores.uses:
-                place = self._place(leaf, form, view)
-                self.take_block(place, form)
+                role = self.roles.role(leaf, view)
+                member = leaf, role.number or 0
+                group = self._groups.get(member)
+                if group is None:
+                    self.take_block(self._place(((member, form, view),)), form)
+                else:
+                    self._take_member(group, member, form, view)
         elif leaf not in self.roles.biases or self.settings.bias == "diagonal":
             self._rest[leaf] = scores.square_sum(self._rest.get(leaf))
         elif self.settings.bias == "separate":
             self._waiting[leaf] = scores
 
+    def _take_member(self, group: Group, member: tuple[int, int], form: Form, view: View) -> None:
+        """Keep the scores of a layer until all of its block are there."""
+        arrived = self._arrived.setdefault(group, {})
+        arrived[member] = form, view
+        if len(arrived) < len(group.members):
+            return
+        del self._arrived[group]
+        layers = tuple([(m, *arrived[m]) for m in group.members])
+        place = self._place(layers)
+        forms = [form for _, form, _ in layers]
+        pulled = not self.settings.forward_only
+        joint = group.fused(self.caller, forms, place.parts, self._sources, pulled)
+        self.take_block(place, joint)
+
     @abstractmethod
     def take_block(self, place: Place, form: Form) -> None:
         """Receive the scores of one block."""
 
-    def take_bias(self, place: Place, scores: Tensor) -> None:
-        """Receive the scores `[K, B, R, O]` of a bias that has a block of its own."""
+    def take_bias(self, block: Block, scores: Tensor) -> None:
+        """Receive the scores `[K, B, R, O]` of the biases that have a block of their own."""
         return
 
     def end_pull(self) -> None:
         """Hand on the biases, now that the blocks of their weights are known."""
         waiting, self._waiting = self._waiting, {}
+        if not waiting:
+            return
         for place in self.ordered():
-            role = self.roles.weights[place.leaf][place.number]
-            if role.bias is None or role.bias[0] not in waiting:
+            beside = self.separate(place)
+            if beside is None:
                 continue
-            b, leaf = place.block, role.bias[0]
-            steps = _column(role.bias[1], (b.groups, b.outputs, 1))
-            part = Piece(self.paths[leaf], steps)
-            scores = waiting[leaf].scores()
-            self.take_bias(place, torch.func.vmap(torch.func.vmap(part.take))(scores)[..., 0])
+            found = []
+            for (leaf, number), layer in zip(beside.members, beside.block.layers, strict=True):
+                bias = self.roles.weights[leaf][number].bias
+                assert bias is not None
+                take = torch.func.vmap(torch.func.vmap(layer.weight.take))
+                found.append(take(waiting[bias[0]].scores())[..., 0])
+            self.take_bias(beside.block, found[0] if len(found) == 1 else torch.cat(found, -1))
 
-    def _place(self, leaf: int, form: Form, view: View) -> Place:
-        role = self.roles.role(leaf, view)
-        key = leaf, role.number or 0
-        if key not in self.places:
-            self.places[key] = self._new_place(leaf, role, form, view)
-        return self.places[key]
+    def _place(self, layers: tuple[tuple[tuple[int, int], Form, View], ...]) -> Place:
+        """Return the block of some layers, given the form and the view of each."""
+        members = tuple([member for member, _, _ in layers])
+        if members not in self.places:
+            own = [self._new_place(member, form, view) for member, form, view in layers]
+            self.places[members] = own[0] if len(own) == 1 else self._joined(own)
+        return self.places[members]
 
-    def _new_place(self, leaf: int, role: Role, form: Form, view: View) -> Place:
-        path, s = self.paths[leaf], self.settings
-        name = path if role.number is None else f"{path}[{role.number}]"
+    def _joined(self, own: Sequence[Place]) -> Place:
+        """Return the block of several layers, from those that each would have."""
+        blocks = [place.block for place in own]
+        outputs = sum([b.outputs for b in blocks])
+        block = replace(
+            blocks[0],
+            name="+".join([b.name for b in blocks]),
+            outputs=outputs,
+            output_form="rows" if outputs > self.settings.widest else "matrix",
+            beside=tuple([Layer(b.weight, b.bias, b.outputs) for b in blocks[1:]]),
+        )
+        members = tuple([member for place in own for member in place.members])
+        return replace(own[0], block=block, members=members)
+
+    def _new_place(self, member: tuple[int, int], form: Form, view: View) -> Place:
+        role = self.roles.weights[member[0]][member[1]]
+        path, s = self.paths[member[0]], self.settings
         # sizes of parameters stay, also where the compiler would make symbols of them
         shape, view = tuple(int(n) for n in form.shape), with_plain_sizes(view)
         if isinstance(form, Lookup):
@@ -152,7 +208,7 @@ class KroneckerStatistic(Statistic):
             bias = Piece(self.paths[other], _column(bias_view, column))
             inputs += 1
         block = Block(
-            name,
+            named(path, role),
             Piece(path, steps),
             bias,
             groups,
@@ -161,35 +217,53 @@ class KroneckerStatistic(Statistic):
             "rows" if outputs > s.widest else "matrix",
             "diagonal" if isinstance(form, Lookup) else "rows" if inputs > s.widest else "matrix",
         )
-        return Place(block, leaf, role.number or 0, parts, factor(view))
+        return Place(block, (member,), parts, factor(view))
 
     def _parts(self, path: str, role: Role, form: Form, outputs: int) -> int:
         """Return into how many blocks the outputs are cut."""
-        parts = dict(self.settings.partition).get(path, role.parts)
+        parts = self.settings.parts(path, role.parts)
         if parts > 1 and (isinstance(form, Lookup) or outputs % parts):
             raise OptionError(
-                f"kfac: expected partition= to divide the {outputs} outputs of a layer, got "
-                f"{parts}{at(path)}. A table has no partition; heads have one size."
+                f"{self.caller}: expected partition= to divide the {outputs} outputs of a layer, "
+                f"got {parts}{at(path)}. A table has no partition; heads have one size."
             )
         return parts
 
     def ordered(self) -> list[Place]:
-        """Return the places in the order of the parameters."""
-        return [self.places[key] for key in sorted(self.places)]
+        """Return the places in the order of the parameters, by the first of several layers."""
+        return [self.places[key] for key in sorted(self.places, key=min)]
 
-    def separate(self, place: Place) -> Block | None:
-        """Return the block of a bias apart from its weight, if it has one."""
+    def separate(self, place: Place) -> Beside | None:
+        """Return the block of the biases apart from their weights, if there are any."""
         if self.settings.bias != "separate":
             return None
-        role = self.roles.weights[place.leaf][place.number]
-        if role.bias is None:
+        b, start = place.block, 0
+        members, layers, names, outputs = [], [], [], []
+        for member, layer in zip(place.members, b.layers, strict=True):
+            role = self.roles.weights[member[0]][member[1]]
+            if role.bias is not None:
+                path, view = self.paths[role.bias[0]], role.bias[1]
+                column = _column(view, (b.groups, layer.outputs, 1))
+                members.append(member)
+                layers.append(Layer(Piece(path, column), None, layer.outputs))
+                names.append(named(path, role))
+                outputs += range(start, start + layer.outputs)
+            start += layer.outputs
+        if not members:
             return None
-        other, view = role.bias
-        b = place.block
-        column = (b.groups, b.outputs, 1)
-        path = self.paths[other]
-        name = path if role.number is None else f"{path}[{role.number}]"
-        return Block(name, Piece(path, _column(view, column)), None, *column, b.output_form)
+        many = len(outputs)
+        form = "rows" if many > self.settings.widest else "matrix"
+        block = Block(
+            "+".join(names),
+            layers[0].weight,
+            None,
+            b.groups,
+            many,
+            1,
+            form,
+            beside=tuple(layers[1:]),
+        )
+        return Beside(block, tuple(members), None if many == b.outputs else tuple(outputs))
 
     def blocks(self) -> list[Block]:
         """Return all blocks in the order of the parameters, biases behind their weights."""
@@ -198,7 +272,7 @@ class KroneckerStatistic(Statistic):
             found.append(place.block)
             beside = self.separate(place)
             if beside is not None:
-                found.append(beside)
+                found.append(beside.block)
         return found
 
     def rest(self) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ of examples at a time, and never keeps more than its result needs.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +53,10 @@ class Statistic(ABC):
 
     def plan(self, plan: Plan) -> None:
         """Learn where the parameters are used."""
+        return
+
+    def sources(self, marks: Sequence[Any]) -> None:
+        """Learn, for each tap of the plan, a mark of its input in a chunk: equal for one tensor."""
         return
 
     def observe(self, observed: Observed) -> None:
