@@ -7,7 +7,9 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fisherfn.core.errors import OptionError, UnsupportedError
 from fisherfn.core.substitution import Substitution
@@ -34,6 +36,9 @@ class FunctionalModel:
         self._suspects = [
             (name, m) for name, m in module.named_modules() if _has_training_behaviour(m)
         ]
+        self._scripted = [
+            name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)
+        ]
         accepts = inspect.signature(module.forward).parameters
         self._constants = {"use_cache": False} if "use_cache" in accepts else {}
         self._call = Substitution(module)
@@ -41,10 +46,20 @@ class FunctionalModel:
     def __call__(self, params: Params, buffers: Any, inputs: Any) -> Any:
         """Run the module's forward with these parameters and buffers."""
         self._check_training()
+        self._check_forward_mode()
         args, kwargs = _arguments(inputs)
         kwargs = {**self._constants, **kwargs}
         state = {**buffers, **params}
         return _pick_output(self._call(state, args, kwargs), self.output)
+
+    def _check_forward_mode(self) -> None:
+        if self._scripted and forward_ad._current_level >= 0:
+            # not one of our own errors: products take it as torch's, and go another way
+            raise NotImplementedError(
+                "functional: expected no forward-mode AD, got one through the scripted module at "
+                f"'{self._scripted[0]}': TorchScript drops tangents after its first calls. Use "
+                "the module that was scripted."
+            )
 
     def __repr__(self) -> str:
         """Name the module's class."""

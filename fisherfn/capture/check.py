@@ -9,6 +9,7 @@ concerned, which then takes the general path.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -24,6 +25,8 @@ from fisherfn.core.errors import UnsupportedError
 from fisherfn.layers.leaf import LeafScores
 
 _LOG = logging.getLogger("fisherfn.capture")
+# Entries of parameters whose scores are formed twice to compare them.
+_PROBED = 2**20
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
@@ -128,7 +131,7 @@ def check(model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan, output
         _LOG.info("parameter %s takes the general path: %s", trees.paths(params)[leaf], why)
     plan = plan.without(failures)
     if plan.general:
-        plan = _probe_general(model, params, buffers, few, plan, cotangent)
+        plan = _probe_general(model, params, buffers, few, plan, cotangent, _largest(reference))
     return replace(plan, checked=True)
 
 
@@ -204,7 +207,7 @@ def _failures(
             refuse_checkpointing(error)
         return dict.fromkeys(captured, f"its layers cannot be tapped ({error})")
     failures = {}
-    largest = max((float(g.double().norm()) for g in reference if g is not None), default=0.0)
+    largest = _largest(reference)
     with torch.no_grad():
         for leaf in captured:
             found = reference[leaf]
@@ -215,11 +218,7 @@ def _failures(
             except RuntimeError as error:
                 failures[leaf] = f"its scores cannot be contracted ({error})"
                 continue
-            difference = (got.double() - expected.double()).norm()
-            # a gradient that cancels to nothing is all rounding: compare with what it is made of
-            rounding = 8.0 * torch.finfo(expected.dtype).eps * largest
-            allowed = tolerance(expected) * expected.double().norm() + rounding
-            if not bool(difference <= allowed):
+            if not _alike(got, expected, largest):
                 failures[leaf] = "captured scores differ from autograd (a use that is not visible)"
     return failures
 
@@ -241,20 +240,47 @@ def _mixed(outer: Plan, inner: Plan, rescued: set[int]) -> Plan:
 
 
 def _probe_general(
-    model: Any, params: Any, buffers: Any, few: Any, plan: Plan, cotangent: Any
+    model: Any,
+    params: Any,
+    buffers: Any,
+    few: Any,
+    plan: Plan,
+    cotangent: Any,
+    largest: float,
 ) -> Plan:
-    """Find out whether `vmap` can run the model example by example."""
-    single = trees.map(lambda c: c.unsqueeze(0), cotangent)
-    leaf = [min(plan.general)]
+    """Find out whether `vmap` can run the model example by example, and columns together."""
+    # two columns that are not alike: torch has batching rules that are wrong for several
+    columns = trees.map(lambda c: torch.stack([c, c.flip(-1).cos()]), cotangent)
+    probed = _affordable(plan.general, trees.leaves(params))
     try:
         with torch.no_grad():
-            batched = general.scores(model, params, buffers, few, single, leaf, looped=False)
-            looped = general.scores(model, params, buffers, few, single, leaf, looped=True)
-        difference = (batched[0].double() - looped[0].double()).norm()
-        fits = bool(
-            difference <= tolerance(batched[0]) * looped[0].double().norm().clamp_min(1e-30)
-        )
+            batched = general.scores(model, params, buffers, few, columns, probed, looped=False)
+            looped = general.scores(model, params, buffers, few, columns, probed, looped=True)
+        fits = all(_alike(a, b, largest) for a, b in zip(batched, looped, strict=True))
     except Exception as error:
         _LOG.info("the general path goes example by example: %s", error)
         fits = False
     return replace(plan, looped=not fits)
+
+
+def _affordable(leaves: Iterable[int], params: list[Tensor]) -> list[int]:
+    """Return the smallest of these leaves, and as many more as may have their scores compared."""
+    ordered = sorted(leaves, key=lambda i: params[i].numel())
+    total, chosen = 0, ordered[:1]
+    for i in ordered[1:]:
+        total += params[i].numel()
+        if total > _PROBED:
+            break
+        chosen.append(i)
+    return chosen
+
+
+def _alike(got: Tensor, expected: Tensor, largest: float) -> bool:
+    difference = (got.double() - expected.double()).norm()
+    # a gradient that cancels to nothing is all rounding: compare with what it is made of
+    rounding = 8.0 * torch.finfo(expected.dtype).eps * largest
+    return bool(difference <= tolerance(expected) * expected.double().norm() + rounding)
+
+
+def _largest(gradients: list[Tensor | None]) -> float:
+    return max((float(g.double().norm()) for g in gradients if g is not None), default=0.0)

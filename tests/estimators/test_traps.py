@@ -263,3 +263,11 @@ def test_columns_that_cannot_go_together(fisher: str) -> None:
     got = ff.dense(model(_Unbatchable.apply), lik, fisher=fisher)(*args, key=key)
     want = ff.dense(model(lambda h: 2.0 * h), lik, fisher=fisher)(*args, key=key)
     torch.testing.assert_close(got.to_dense(), want.to_dense())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_a_batching_rule_that_is_wrong_for_several_columns_is_not_used() -> None:
+    """torch's rule for the backward of cdist mixes the columns up."""
+    s = case(lambda m, x: -torch.cdist(m.a(x), m.centres), x(), a=two()["a"], centres=normal(3, 4))
+    for fisher in ("exact", "empirical"):
+        assert_close(diagonal(s, fisher)(*s.args).values, want(s, fisher), rtol=1e-8)

@@ -84,6 +84,31 @@ def test_float32_lstm_has_a_hessian() -> None:
     assert bound.engine == fallback.DOUBLE
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+def test_scripted_modules_go_backward_twice_also_after_their_first_calls() -> None:
+    """TorchScript forgets tangents once it has optimised a module; the product then lacks terms."""
+    with cases.seeded(0):
+        plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh()).double()
+        head = nn.Linear(5, 3).double()
+    model, params, buffers = built(nn.Sequential(plain, head))
+    scripted, same, _ = built(nn.Sequential(torch.jit.script(plain), head))
+    batch, v = ff.Batch(normal(2, 4), torch.tensor([0, 1])), vector(params)
+    for _ in range(3):  # what the module does is optimised here
+        ff.diagonal(scripted, LIK)(same, buffers, batch)
+    for make in (ff.fisher_vp, ff.hvp):
+        want = make(model, LIK)(params, buffers, batch, v)
+        assert_close(make(scripted, LIK)(same, buffers, batch, v), want, rtol=1e-12)
+        over = torch.vmap(lambda t, m=make: m(scripted, LIK)(same, buffers, batch, t))
+        stacked = ff.tree.map(lambda t: torch.stack([t, 2 * t]), v)
+        assert_close(ff.tree.map(lambda t: t[0], over(stacked)), want, rtol=1e-12)
+    for matrix, make in (("fisher", ff.fisher_vp), ("hessian", ff.hvp)):
+        bound = ff.linearized(scripted, LIK, matrix=matrix)(same, buffers, batch)
+        assert_close(bound(v), make(model, LIK)(params, buffers, batch, v), rtol=1e-12)
+        assert bound.engine == fallback.DOUBLE
+    with pytest.raises(NotImplementedError, match=r"scripted module at '0'.*drops tangents"):
+        torch.func.jvp(lambda p: scripted(p, buffers, batch.inputs), (same,), (v,))
+
+
 def test_no_derivative_at_all_is_an_error() -> None:
     once: Any = torch.autograd.function.once_differentiable
 
