@@ -25,13 +25,28 @@ from fisherfn.layers.views import Factor, Permute, Reshape, Slice, View, disjoin
 
 
 @dataclass(frozen=True)
+class Bias:
+    """What is added to the output of a weight.
+
+    Attributes:
+        leaf: Which parameter.
+        view: The part of it.
+        number: Which of several uses it is; None if it is the only one.
+    """
+
+    leaf: int
+    view: View
+    number: int | None
+
+
+@dataclass(frozen=True)
 class Role:
     """One use of a weight: a block to be.
 
     Attributes:
         view: The part of the leaf that is used.
         number: Which of several uses it is; None if it is the only one.
-        bias: Leaf and part of the bias that is added to the output, or None.
+        bias: What is added to the output, or None.
         parts: Blocks of outputs that do not interact: queries, keys and values.
         tap: Which call of the plan it is.
         reading: How the rows of the input come from it; equal for layers of one kind.
@@ -39,15 +54,15 @@ class Role:
 
     view: View
     number: int | None
-    bias: tuple[int, View] | None
+    bias: Bias | None
     parts: int
     tap: int
     reading: tuple[Any, ...]
 
 
-def named(path: str, role: Role) -> str:
-    """Return the name of the block of a weight, or of the bias of one."""
-    return path if role.number is None else f"{path}[{role.number}]"
+def named(path: str, use: Role | Bias) -> str:
+    """Return the name of the block of a use of a parameter."""
+    return path if use.number is None else f"{path}[{use.number}]"
 
 
 @dataclass(frozen=True)
@@ -69,13 +84,15 @@ class Roles:
             for leaf, places in uses.items()
             if leaves[leaf].numel() and _is_weight(leaves[leaf], [use for _, use in places])
         }
-        partners: dict[tuple[int, int], tuple[int, View]] = {}
+        partners: dict[tuple[int, int], Bias] = {}
         biases = set()
         for leaf, places in uses.items():
             found = _partners(plan, weights, leaves, leaf, places)
             if found:
                 biases.add(leaf)
-                partners.update(found)
+                many = len(found) > 1
+                for number, (partner, view) in enumerate(found.items()):
+                    partners[partner] = Bias(leaf, view, number if many else None)
         roles = {}
         for leaf, places in weights.items():
             many = len(places) > 1
@@ -139,7 +156,7 @@ def _partners(
     leaves: Sequence[Tensor],
     leaf: int,
     places: Sequence[tuple[int, Use]],
-) -> dict[tuple[int, int], tuple[int, View]] | None:
+) -> dict[tuple[int, int], View] | None:
     """Return the weights, and the taps, that a leaf is the bias of, or None if it is not one."""
     found = {}
     for index, use in places:
@@ -154,7 +171,7 @@ def _partners(
         shape = _shape(use.view, leaves[leaf].shape)
         if outputs is None or shape is None or math.prod(shape) != outputs:
             return None
-        found[others[0].leaf, index] = (leaf, use.view)
+        found[others[0].leaf, index] = use.view
     return found if _covered(leaves[leaf], [use.view for _, use in places]) else None
 
 

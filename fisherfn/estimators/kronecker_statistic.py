@@ -155,7 +155,7 @@ class KroneckerStatistic(Statistic):
                 bias = self.roles.weights[leaf][number].bias
                 assert bias is not None
                 take = torch.func.vmap(torch.func.vmap(layer.weight.take))
-                found.append(take(waiting[bias[0]].scores())[..., 0])
+                found.append(take(waiting[bias.leaf].scores())[..., 0])
             self.take_bias(beside.block, found[0] if len(found) == 1 else torch.cat(found, -1))
 
     def _place(self, layers: tuple[tuple[tuple[int, int], Form, View], ...]) -> Place:
@@ -203,9 +203,8 @@ class KroneckerStatistic(Statistic):
             groups, outputs = cut[:2]
         bias = None
         if role.bias is not None and s.bias == "joint":
-            other, bias_view = role.bias
-            column = (groups, outputs, 1)
-            bias = Piece(self.paths[other], _column(bias_view, column))
+            column = _column(role.bias.view, (groups, outputs, 1))
+            bias = Piece(self.paths[role.bias.leaf], column)
             inputs += 1
         block = Block(
             named(path, role),
@@ -240,13 +239,13 @@ class KroneckerStatistic(Statistic):
         b, start = place.block, 0
         members, layers, names, outputs = [], [], [], []
         for member, layer in zip(place.members, b.layers, strict=True):
-            role = self.roles.weights[member[0]][member[1]]
-            if role.bias is not None:
-                path, view = self.paths[role.bias[0]], role.bias[1]
-                column = _column(view, (b.groups, layer.outputs, 1))
+            bias = self.roles.weights[member[0]][member[1]].bias
+            if bias is not None:
+                path = self.paths[bias.leaf]
+                column = _column(bias.view, (b.groups, layer.outputs, 1))
                 members.append(member)
                 layers.append(Layer(Piece(path, column), None, layer.outputs))
-                names.append(named(path, role))
+                names.append(named(path, bias))
                 outputs += range(start, start + layer.outputs)
             start += layer.outputs
         if not members:

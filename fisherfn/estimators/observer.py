@@ -20,6 +20,10 @@ from fisherfn.estimators.observe import Counted, Observed
 from fisherfn.likelihoods.base import Likelihood
 
 
+class DeadExamplesError(Exception):
+    """Examples that do not count spoilt the others: their outputs are not finite."""
+
+
 class Observer:
     """Checks the data of a batch against outputs, chunk by chunk, with one count for the whole."""
 
@@ -45,16 +49,57 @@ class Observer:
         self.later = later
         self.counted: dict[str, Counted] = {}
         self._open: list[Callable[[], None]] = []
+        self._doubts: list[Tensor] = []
 
     def settle(self) -> None:
         """Raise for the values that were put off.
 
         Raises:
             DataError: targets that count are no targets, or nothing counts.
+            DeadExamplesError: `doubt` was right about a chunk.
         """
         for question in self._open:
             question()
         self._open.clear()
+        if any(bool(flag) for flag in self._doubts):
+            raise DeadExamplesError
+
+    def doubt(self, outputs: Any, counted: Counted) -> None:
+        """Remember to look whether examples of a chunk that do not count are not finite."""
+        dead = ~_alive(counted)
+        for t in trees.leaves(outputs):
+            # finite numbers may overflow: then a repair is made that was not needed
+            fine = t.reshape(t.shape[0], -1).sum(-1).isfinite()
+            self._doubts.append((dead & ~fine).any())
+
+    def without_dead(self, inputs: Any, outputs: Any, counted: Counted) -> Any | None:
+        """Replace examples that do not count and are not finite: zero times NaN is NaN.
+
+        Args:
+            inputs: Inputs of a chunk.
+            outputs: The model's outputs on them.
+            counted: What counts of the chunk.
+
+        Returns:
+            Inputs with an example that counts in the place of such ones, or None where there are
+            none.
+        """
+        if not counted.masked or not concrete(counted.mask, *trees.leaves(outputs)):
+            return None
+        live = _alive(counted)
+        dead = (~live).nonzero().flatten()
+        if not len(dead) or all(bool(t[dead].isfinite().all()) for t in trees.leaves(outputs)):
+            return None
+        donors = _alive(next(iter(self.counted.values()))).nonzero().flatten()[:1]
+
+        def repaired(t: Any, whole: Any) -> Any:
+            if not isinstance(t, Tensor):
+                return t
+            t = t.clone()
+            t[dead] = whole[donors] if len(donors) else torch.zeros_like(t[:1])
+            return t
+
+        return trees.map(repaired, inputs, self.batch.inputs)
 
     def _ask(self, question: Callable[[], None]) -> None:
         if self.later:
@@ -148,28 +193,9 @@ class Observer:
             )
 
 
-def without_dead(inputs: Any, outputs: Any, counted: Counted) -> Any | None:
-    """Replace examples that do not count and are not finite: zero times NaN is NaN.
-
-    Args:
-        inputs: Inputs of a chunk.
-        outputs: The model's outputs on them.
-        counted: What counts of the chunk.
-
-    Returns:
-        Inputs without such examples, or None where there are none.
-    """
-    if not counted.masked or not concrete(counted.mask, *trees.leaves(outputs)):
-        return None
-    live = counted.mask.reshape(counted.mask.shape[0], -1).any(-1)
-    dead = (~live).nonzero().flatten()
-    if not len(dead) or not len(live.nonzero()):
-        return None
-    if all(bool(t[dead].isfinite().all()) for t in trees.leaves(outputs)):
-        return None
-    donor = live.nonzero().flatten()[0]
-    index = torch.where(live, torch.arange(len(live), device=live.device), donor)
-    return trees.map(lambda t: t[index] if isinstance(t, Tensor) else t, inputs)
+def _alive(counted: Counted) -> Tensor:
+    """Return which examples have a unit that counts, [B]."""
+    return counted.mask.reshape(counted.mask.shape[0], -1).any(-1)
 
 
 def outside_inference(t: Any) -> Any:

@@ -23,7 +23,7 @@ from fisherfn.core.errors import DataError
 from fisherfn.core.modes import concrete
 from fisherfn.estimators import checks
 from fisherfn.estimators.observe import Labels, Observed
-from fisherfn.estimators.observer import Observer, part_of, without_dead
+from fisherfn.estimators.observer import Observer, part_of
 from fisherfn.estimators.products import linear
 from fisherfn.estimators.products.linear import Linear, Map, Ready
 from fisherfn.estimators.products.output import OutputFisher
@@ -89,6 +89,7 @@ class Problem:
         self.size = checks.check_batch(caller, batch)
         checks.check_key(caller, labels, key)
         self.observer = Observer(caller, likelihood, batch, key, self.size, normalised=True)
+        self._repaired = False
         if concrete(*trees.leaves((chosen.params, buffers, batch.inputs))):
             _check_apart(model, chosen.params, buffers, batch.inputs)
 
@@ -137,7 +138,11 @@ class Problem:
         try:
             return run(inputs)
         except Dead as dead:
-            return run(dead.inputs)
+            self._repaired = True
+            try:
+                return run(dead.inputs)
+            finally:
+                self._repaired = False
 
     def observe(self, inputs: Any, outputs: Any, span: tuple[int, int]) -> Observed:
         """Check and count outputs; raises `Dead` if examples that do not count are in the way."""
@@ -146,9 +151,10 @@ class Problem:
         observed = self.observer.observe(outputs, (labels.unit,), *span, targets_count=empirical)
         found = observed[labels.unit]
         plain = trees.map(lambda t: t.detach(), outputs)
-        repaired = without_dead(inputs, plain, found.counted)
-        if repaired is not None:
-            raise Dead(repaired)
+        if not self._repaired:
+            repaired = self.observer.without_dead(inputs, plain, found.counted)
+            if repaired is not None:
+                raise Dead(repaired)
         return found
 
     def counted(self) -> Tensor:
