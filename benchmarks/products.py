@@ -4,19 +4,20 @@
     python benchmarks/products.py --problem gpt --compile
     python benchmarks/products.py --output products.json
 
-Each product is first compared with one from `torch.func.jvp` and `vjp` in float64, attention by its
-plain kernel. The unit of every number is one eager `loss.backward()`. curvlinops stands beside,
-where it is installed.
+Each product, ours and those of other libraries that are installed (curvlinops, hessian-eigenthings,
+PyHessian), is compared with the matrix's definition in float64 before it is timed. What another
+library raises is reported in place of a time. The unit of every number is one eager
+`loss.backward()`. A row without the name of a matrix is about the Fisher information.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,164 +25,201 @@ if not __package__:
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fisherfn as ff
+from benchmarks import definitions, oracle
+from benchmarks.product_peers import NOT_OFFERED, PRODUCT_PEERS, ProductPeer, attempt
+from benchmarks.quantities import labels_used
 from benchmarks.timing import interleaved, seconds
 from benchmarks.workloads import Workload, build
 
 BLOCK = 8
+CHECKED = 2  # vectors of a block that are compared with the definition
 GOALS = {"single": 2.5, "linearised": 1.3, "block of 8, a vector": 1.3, "compiled": 1.7}
-Run = Callable[[], Any]
+Values = dict[str, Tensor]
+Run = Callable[..., Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure what the arguments ask for; return 1 if a product is wrong."""
+    """Measure what the arguments ask for; return 1 if a product of this library is wrong."""
     asked = _parser().parse_args(arguments)
     torch.set_num_threads(asked.threads)
     found, wrong = {}, 0
     for problem in asked.problem:
-        rows = measure(build(problem, asked.device), asked)
+        rows = Measured(build(problem, asked.device), asked).rows()
         found[problem] = rows
         print(f"{problem}: one gradient takes {1e3 * rows['gradient']['seconds']:.1f} ms")
         for name, row in rows.items():
             goal = f"  goal {GOALS[name]}" if name in GOALS else ""
             text = row.get("message") or f"{row['gradients']:6.2f} gradients"
             error = f"  error {row['error']:.1e}" if "error" in row else ""
-            print(f"  {name:28} {text}{error}{goal}", flush=True)
-            wrong += row.get("error", 0.0) > asked.tolerance
+            bad = row.get("error", 0.0) > asked.tolerance
+            print(f"  {name:48} {text}{error}{'  WRONG' if bad else ''}{goal}", flush=True)
+            wrong += bad and row["by"] == "fisherfn"
     if asked.output is not None:
         asked.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     return int(wrong > 0)
 
 
-def measure(workload: Workload, asked: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """Check and time every way to a product."""
-    model, params, buffers = ff.functional(workload.module)
-    likelihood, batch = ff.likelihoods.categorical(), workload.batch
-    vectors = ff.tree.random_like(ff.random.split(ff.random.key(1), BLOCK), params)
-    v = {name: t[0].clone() for name, t in vectors.items()}
-    want = reference(workload, v)
-    product, key = ff.fisher_vp(model, likelihood), ff.random.key(0)
-    rows: dict[str, dict[str, Any]] = {}
-    runs: dict[str, Run] = {"gradient": workload.gradient()}
-    start: dict[str, float] = {}
+class Measured:
+    """The products of one workload: checked one by one, then timed round by round."""
 
-    def add(name: str, run: Run, values: Callable[[Any], Any] | None = None) -> None:
-        try:
-            start[name] = seconds(run, workload.device)
-            result = run()
-        except Exception as error:  # what a peer cannot do is a result
-            rows[name] = {"message": f"{type(error).__name__}: {error}".split("\n")[0][:90]}
-            return
-        rows[name] = {} if values is None else {"error": distance(values(result), want)}
-        runs[name] = run
+    def __init__(self, workload: Workload, asked: argparse.Namespace) -> None:
+        """Draw the vectors."""
+        self.workload, self.asked = workload, asked
+        self.params = {n: p.detach() for n, p in workload.module.named_parameters()}
+        self.vectors = ff.tree.random_like(ff.random.split(ff.random.key(1), BLOCK), self.params)
+        self.v = {name: t[0].clone() for name, t in self.vectors.items()}
+        self.wanted: dict[str, Values] = {}
+        self.runs: dict[str, Run] = {"gradient": workload.gradient()}
+        self.found: dict[str, dict[str, Any]] = {"gradient": {"by": "torch"}}
 
-    add("single", lambda: product(params, buffers, batch, v), lambda r: r)
-    sampled = ff.fisher_vp(model, likelihood, fisher="mc")
-    add("single, mc", lambda: sampled(params, buffers, batch, v, key=key))
-    hessian = ff.hvp(model, likelihood)
-    add("single, hessian", lambda: hessian(params, buffers, batch, v))
-    bind = ff.linearized(model, likelihood)
-    add("linearising", lambda: bind(params, buffers, batch))
-    bound = bind(params, buffers, batch)
-    add("linearised", lambda: bound(v), lambda r: r)
-    curved = ff.linearized(model, likelihood, matrix="hessian")(params, buffers, batch)
-    add("linearised, hessian", lambda: curved(v))
-    add(
-        "block of 8, a vector",
-        lambda: bound.block(vectors),
-        lambda r: {name: t[0] for name, t in r.items()},
-    )
-    if asked.compile:
-        fast = torch.compile(product, fullgraph=True)
-        add("compiled", lambda: fast(params, buffers, batch, v), lambda r: r)
-    peer(workload, v, vectors, add)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        timings = interleaved(runs, workload.device, asked.repeats)
-    unit = timings["gradient"].median
-    for name, timing in timings.items():
-        shared = BLOCK if "block of 8" in name else 1
-        row = rows.setdefault(name, {})
-        row["seconds"] = timing.median / shared
-        row["gradients"] = timing.median / unit / shared
-        if name in start:
-            row["first call"] = start[name]
-    return {"gradient": rows.pop("gradient"), **rows}
+    def rows(self) -> dict[str, dict[str, Any]]:
+        """Return errors and times of everything."""
+        self._ours()
+        if self.asked.peers:
+            self._theirs()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # those of the library were seen in its first call
+            timings = interleaved(self.runs, self.workload.device, self.asked.repeats)
+        unit = timings["gradient"].median
+        for name, timing in timings.items():
+            shared = BLOCK if f"block of {BLOCK}" in name else 1
+            self.found[name]["seconds"] = timing.median / shared
+            self.found[name]["gradients"] = timing.median / unit / shared
+        return self.found
 
+    def add(self, name: str, run: Run, error: Callable[[Any], float] | None = None) -> None:
+        """Call a product of this library once, note its error, and keep it to be timed."""
+        self.keep(name, "fisherfn", run, *self.first_call(run), error)
 
-def peer(
-    workload: Workload, v: dict[str, Tensor], vectors: dict[str, Tensor], add: Callable[..., None]
-) -> None:
-    """Add the products of curvlinops, if it is installed."""
-    try:
-        library = importlib.import_module("curvlinops")
-    except ImportError:
-        return
-    params = dict(workload.module.named_parameters())
-    targets = workload.batch.targets
-    data = [(workload.batch.inputs, targets)]
+    def keep(
+        self,
+        name: str,
+        by: str,
+        run: Run,
+        result: Any,
+        first: float,
+        error: Callable[[Any], float] | None,
+    ) -> None:
+        """Note the error of a result, and keep the call to be timed."""
+        row = {"by": by, "first call": first}
+        if error is not None:
+            row["error"] = error(result)
+        self.found[name], self.runs[name] = row, run
 
-    class Rows(nn.Module):
-        """The module with one row of logits for each target."""
+    def first_call(self, run: Run) -> tuple[Any, float]:
+        """Return what a call gives and the seconds that it takes."""
+        kept: list[Any] = []
+        taken = seconds(lambda: kept.append(run()), self.workload.device)
+        return kept[0], taken
 
-        def __init__(self) -> None:
-            super().__init__()
-            self.module = workload.module
+    def want(self, matrix: str) -> Values:
+        """Return the products with the first vectors by definition."""
+        if matrix not in self.wanted:
+            drawn = labels_used(self.workload, "diagonal/mc") if matrix == "mc" else None
+            kind = "empirical" if matrix == "mc" else matrix
+            first = {name: t[:CHECKED] for name, t in self.vectors.items()}
+            self.wanted[matrix] = definitions.products(self.workload, kind, first, drawn)
+        return self.wanted[matrix]
 
-        def forward(self, inputs: Tensor) -> Tensor:
-            out = self.module(inputs)
-            return out if out.dim() == 2 else out.movedim(-1, 1)
+    def error(self, matrix: str) -> Callable[[Values], float]:
+        """Return the function that gives the error of one product."""
+        want = {name: t[0] for name, t in self.want(matrix).items()}
+        return lambda got: oracle.distance(got, want)
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tensors = list(params.values())
-        try:
-            matrix = library.GGNLinearOperator(
-                Rows(), nn.CrossEntropyLoss(), tensors, data, check_deterministic=False
+    def block_error(self, matrix: str) -> Callable[[Values], float]:
+        """Return the function that gives the error of a block of products."""
+        want = self.want(matrix)
+        return lambda got: oracle.distance({name: t[:CHECKED] for name, t in got.items()}, want)
+
+    def _ours(self) -> None:
+        model, params, buffers = ff.functional(self.workload.module)
+        lik, batch, v = ff.likelihoods.categorical(), self.workload.batch, self.v
+        key, add = ff.random.key(0, device=self.workload.device), self.add
+        product = ff.fisher_vp(model, lik)
+        add("single", lambda: product(params, buffers, batch, v), self.error("fisher"))
+        sampled = ff.fisher_vp(model, lik, fisher="mc")
+        add("single, mc", lambda: sampled(params, buffers, batch, v, key=key), self.error("mc"))
+        observed = ff.empirical_vp(model, lik)
+        add(
+            "single, empirical",
+            lambda: observed(params, buffers, batch, v),
+            self.error("empirical"),
+        )
+        hessian = ff.hvp(model, lik)
+        add("single, hessian", lambda: hessian(params, buffers, batch, v), self.error("hessian"))
+        for matrix, of in (("fisher", ""), ("hessian", ", hessian")):
+            bind = ff.linearized(model, lik, matrix=matrix)
+            add(f"linearising{of}", lambda bind=bind: bind(params, buffers, batch))
+            bound = bind(params, buffers, batch)
+            add(f"linearised{of}", lambda bound=bound: bound(v), self.error(matrix))
+            add(
+                f"block of {BLOCK}{of}, a vector",
+                lambda bound=bound: bound.block(self.vectors),
+                self.block_error(matrix),
             )
-        except Exception:
-            named = {f"module.{name}": p for name, p in params.items()}
-            matrix = library.GGNLinearOperator(
-                Rows(), nn.CrossEntropyLoss(), named, data, check_deterministic=False
-            )
-    # the loss averages over all targets, the product over examples
-    positions = targets[0].numel()
-    one = [v[name] for name in params]
-    stack = [vectors[name].movedim(0, -1).contiguous() for name in params]
+        if self.asked.compile:
+            fast = torch.compile(product, fullgraph=True)
+            add("compiled", lambda: fast(params, buffers, batch, v), self.error("fisher"))
 
-    def values(found: Any) -> dict[str, Tensor]:
-        return {n: positions * t.detach() for n, t in zip(params, found, strict=True)}
+    def _theirs(self) -> None:
+        for name, peer in PRODUCT_PEERS.items():
+            for matrix in definitions.MATRICES if peer.version is not None else ():
+                if not self._their_products(name, peer, matrix) and self.workload.positions > 1:
+                    # what its users could do: take torch's plain kernel everywhere
+                    self._their_products(name, peer, matrix, plain=True)
 
-    add("curvlinops, single", lambda: matrix @ one, values)
-    add("curvlinops, block of 8, a vector", lambda: matrix @ stack)
+    def _their_products(
+        self, by: str, peer: ProductPeer, matrix: str, *, plain: bool = False
+    ) -> bool:
+        """Check and keep the products with a matrix of another library; say whether all went."""
+        of = "" if matrix == "fisher" else f", {matrix}"
+        of += ", plain attention" if plain else ""
+        prepare = quiet(lambda: peer.prepare(self.workload, matrix), plain)
+        made, message = attempt(prepare)
+        if made is None:
+            self.found[f"{by}, single{of}"] = {"by": by, "message": message}
+            return message.startswith(NOT_OFFERED)
+        well = True
+
+        def add(name: str, run: Run, values: Run, error: Callable[[Any], float] | None) -> None:
+            nonlocal well
+            run = quiet(run, plain)
+
+            def call() -> tuple[Any, float]:
+                result, taken = self.first_call(run)
+                return values(result), taken
+
+            found, message = attempt(call)
+            if found is None:
+                self.found[f"{by}, {name}"] = {"by": by, "message": message}
+                well = False
+            else:
+                self.keep(f"{by}, {name}", by, run, found[0], found[1], error)
+
+        if made.linearise is not None:
+            add(f"linearising{of}", made.linearise, lambda _: None, None)
+        kind = "single" if made.linearise is None else "linearised"
+        add(f"{kind}{of}", lambda: made.multiply(self.v), made.values, self.error(matrix))
+        if made.block is not None:
+            block, error = made.block, self.block_error(matrix)
+            name = f"block of {BLOCK}{of}, a vector"
+            add(name, lambda: block(self.vectors), made.block_values, error)
+        return well
 
 
-def reference(workload: Workload, v: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return Jᵀ H J v in float64 from plain torch."""
-    wide = workload.double()
-    params = {name: p.detach() for name, p in wide.module.named_parameters()}
-    tangents = {name: t.double() for name, t in v.items()}
+def quiet(run: Run, plain: bool) -> Run:
+    """Return a call without the warnings of other libraries, by plain attention if asked to."""
 
-    def outputs(params: dict[str, Tensor]) -> Tensor:
-        return torch.func.functional_call(wide.module, params, (wide.batch.inputs,))
+    def call() -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with definitions.plain_attention() if plain else nullcontext():
+                return run()
 
-    with warnings.catch_warnings(), nn.attention.sdpa_kernel(nn.attention.SDPBackend.MATH):
-        warnings.simplefilter("ignore")
-        pushed: Any = torch.func.jvp(outputs, (params,), (tangents,))
-        z, dz = pushed
-        p = z.softmax(-1)
-        cotangent = p * (dz - (p * dz).sum(-1, keepdim=True)) / workload.examples
-        found: Any = torch.func.vjp(outputs, params)
-        return found[1](cotangent)[0]
-
-
-def distance(got: dict[str, Tensor], want: dict[str, Tensor]) -> float:
-    """Return the relative error of the whole vector."""
-    a = torch.cat([got[name].double().reshape(-1) for name in want])
-    b = torch.cat([t.reshape(-1) for t in want.values()])
-    return float((a - b).norm() / b.norm())
+    return call
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -192,6 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--problem", nargs="+", default=["mlp", "cnn", "gpt"], help="of benchmarks/workloads.py")
     add("--device", default="cpu", help="cpu or cuda")
     add("--compile", action="store_true", help="measure under torch.compile(fullgraph=True) too")
+    add("--no-peers", dest="peers", action="store_false", help="measure this library only")
     add("--repeats", type=int, default=9, help="rounds of timing")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     add("--tolerance", type=float, default=1e-3, help="largest relative error of a product")

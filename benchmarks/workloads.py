@@ -95,9 +95,24 @@ def _images(name: str, device: str, module: nn.Module, batch: int) -> Workload:
     return _workload(name, device, module, data, 10)
 
 
-def _gpt(name: str, device: str) -> Workload:
-    vocabulary, length, batch = 1000, 64, 16
-    module = models.GPT(vocabulary, length, width=128, layers=4, heads=4)
+def _small_images(name: str, device: str) -> Workload:
+    convolutions = [nn.Conv2d(3, 6, 5, 3), nn.ReLU(), nn.Conv2d(6, 8, 3, 3), nn.ReLU()]
+    module = nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(8 * 3 * 3, 10))
+    return _images(name, device, module, 32)
+
+
+def _gpt(
+    name: str,
+    device: str,
+    *,
+    vocabulary: int = 1000,
+    length: int = 64,
+    batch: int = 16,
+    width: int = 128,
+    layers: int = 4,
+    heads: int = 4,
+) -> Workload:
+    module = models.GPT(vocabulary, length, width, layers, heads)
     ids = torch.randint(vocabulary, (batch, length))
     return _workload(name, device, module, ff.Batch(ids, ids.roll(-1, 1)), vocabulary)
 
@@ -145,6 +160,11 @@ def _workload(name: str, device: str, module: nn.Module, batch: ff.Batch, classe
 
 BUILDERS: dict[str, Callable[[str, str], Workload]] = {
     "tiny": lambda name, device: _vectors(name, device, (6, 5, 3), 4),
+    "small_mlp": lambda name, device: _vectors(name, device, (16, 24, 24, 5), 32),
+    "small_cnn": _small_images,
+    "small_gpt": lambda name, device: _gpt(
+        name, device, vocabulary=20, length=8, batch=8, width=12, layers=1, heads=2
+    ),
     "mlp": lambda name, device: _vectors(name, device, (784, 512, 512, 10), 256),
     "cnn": lambda name, device: _images(name, device, models.cnn_3c3d(), 64),
     "gpt": _gpt,
@@ -152,6 +172,7 @@ BUILDERS: dict[str, Callable[[str, str], Workload]] = {
     "gpt2": _gpt2,
     "resnet18": lambda name, device: _images(name, device, models.resnet18(), 256),
 }
+SMALL_PROBLEMS = ("small_mlp", "small_cnn", "small_gpt")  # whose matrices fit
 CPU_PROBLEMS = ("mlp", "cnn", "gpt", "smollm2")
 GPU_PROBLEMS = ("gpt2", "resnet18")
 
