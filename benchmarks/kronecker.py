@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,36 +30,38 @@ from benchmarks.workloads import BUILDERS, Workload, build
 LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding)
 
 
-def factors(workload: Workload, targets: Tensor) -> Values:
+def factors(workload: Workload, targets: Tensor | None) -> Values:
     """Return A and G of every layer, and the exact diagonal of everything else.
 
     One example after the other; inputs and cotangents of a layer come from a hook on its module.
+    Without targets, all labels count by their probability.
     """
-    layers = _layers(workload.module)
     total: Values = {}
     rows: dict[str, float] = {}
-    seen: dict[str, tuple[Tensor, Tensor]] = {}
-    handles = [m.register_forward_hook(_remember(seen, name)) for name, m in layers.items()]
-    for n in range(workload.examples):
-        inputs = workload.batch.inputs[n : n + 1]
-        log_p = workload.logits(workload.module, inputs)[0].log_softmax(-1)
-        picked = log_p.gather(-1, targets[n].unsqueeze(-1)).squeeze(-1)
-        keep = None if workload.batch.mask is None else workload.batch.mask[n]
-        score = (picked if keep is None else picked[keep]).sum()
-        g = torch.autograd.grad(score, [seen[name][1] for name in layers])
-        for (name, layer), cotangent in zip(layers.items(), g, strict=True):
-            a = _inputs(layer, seen[name][0].detach(), keep)
-            columns = _columns(layer, cotangent)
-            _add(total, f"A/{name}.weight", a.sum(0) if a.dtype == torch.int64 else a.T @ a)
-            _add(total, f"G/{name}.weight", columns.T @ columns / workload.examples)
-            rows[name] = rows.get(name, 0.0) + len(a)
-    for handle in handles:
-        handle.remove()
+    for name, a, columns in _rows(workload, targets):
+        _add(total, f"A/{name}.weight", a.sum(0) if a.dtype == torch.int64 else a.T @ a)
+        _add(total, f"G/{name}.weight", columns.T @ columns / workload.examples)
+        rows[name] = rows.get(name, 0.0) + len(a)
     for name, many in rows.items():
         total[f"A/{name}.weight"] = total[f"A/{name}.weight"] / many
-    blocked = {f"{name}.{kind}" for name in layers for kind in ("weight", "bias")}
-    diagonal = oracle.diagonal(workload, targets)
+    blocked = {f"{name}.{kind}" for name in rows for kind in ("weight", "bias")}
+    if targets is None:
+        diagonal = oracle.exact_diagonal(workload, workload.batch.targets)
+    else:
+        diagonal = oracle.diagonal(workload, targets)
     return {**total, **{f"rest/{k}": x for k, x in diagonal.items() if k not in blocked}}
+
+
+def factor_traces(workload: Workload, targets: Tensor) -> dict[str, float]:
+    """Return tr A tr G of every layer, which needs no matrices."""
+    inputs: dict[str, float] = {}
+    outputs: dict[str, float] = {}
+    rows: dict[str, int] = {}
+    for name, a, columns in _rows(workload, targets):
+        inputs[name] = inputs.get(name, 0.0) + float(a.square().sum())
+        outputs[name] = outputs.get(name, 0.0) + float(columns.square().sum())
+        rows[name] = rows.get(name, 0) + len(a)
+    return {name: inputs[name] / rows[name] * outputs[name] / workload.examples for name in rows}
 
 
 def factor_values(result: Any) -> Values:
@@ -91,6 +93,39 @@ def trace_values(result: Any) -> Values:
         for name, found in parts.items()
     }
     return {**traces, **{f"rest/{path}": x for path, x in result.rest.items()}}
+
+
+def _rows(workload: Workload, targets: Tensor | None) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Yield inputs and cotangents of every layer at its rows, one example after the other."""
+    layers = _layers(workload.module)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    handles = [m.register_forward_hook(_remember(seen, name)) for name, m in layers.items()]
+    for n in range(workload.examples):
+        inputs = workload.batch.inputs[n : n + 1]
+        log_p = workload.logits(workload.module, inputs)[0].log_softmax(-1)
+        keep = None if workload.batch.mask is None else workload.batch.mask[n]
+        g: list[list[Tensor]] = []
+        for score, p in _scores(log_p, keep, None if targets is None else targets[n]):
+            got = torch.autograd.grad(score, [seen[m][1] for m in layers], retain_graph=True)
+            g.append([x * p**0.5 for x in got])
+        for i, (name, layer) in enumerate(layers.items()):
+            columns = torch.cat([_columns(layer, draw[i]) for draw in g])
+            yield name, _inputs(layer, seen[name][0].detach(), keep), columns
+    for handle in handles:
+        handle.remove()
+
+
+def _scores(
+    log_p: Tensor, keep: Tensor | None, label: Tensor | None
+) -> Iterator[tuple[Tensor, float]]:
+    """Yield log-probabilities of labels of one example, and the weights that the labels have."""
+    if label is None:
+        if log_p.dim() > 1:
+            raise ValueError("factors: all labels are affordable for one position only")
+        yield from ((log_p[c], float(log_p[c].exp())) for c in range(len(log_p)))
+        return
+    picked = log_p.gather(-1, label.unsqueeze(-1)).squeeze(-1)
+    yield (picked if keep is None else picked[keep]).sum(), 1.0
 
 
 def _layers(module: nn.Module) -> dict[str, nn.Module]:

@@ -77,17 +77,20 @@ def gram(workload: Workload, targets: Tensor) -> Values:
     return {"gram": matrix @ matrix.T}
 
 
-def drawn_traces(workload: Workload, draws: int, seed: int) -> list[float]:
-    """Return traces of Monte-Carlo Fisher diagonals, for labels drawn here."""
+def drawn_labels(workload: Workload, draws: int, seed: int) -> Iterator[Tensor]:
+    """Yield labels `[B, *positions]` that are drawn from the model here."""
     generator = torch.Generator(workload.device).manual_seed(seed)
-    traces = []
     with torch.no_grad():
         p = workload.logits(workload.module, workload.batch.inputs).softmax(-1)
     for _ in range(draws):
         labels = torch.multinomial(p.flatten(0, -2), 1, generator=generator)
-        targets = labels.reshape(workload.batch.targets.shape)
-        traces.append(trace(diagonal(workload, targets)))
-    return traces
+        yield labels.reshape(workload.batch.targets.shape)
+
+
+def drawn_traces(workload: Workload, draws: int, seed: int) -> list[float]:
+    """Return traces of Monte-Carlo Fisher diagonals, for labels drawn here."""
+    labels = drawn_labels(workload, draws, seed)
+    return [trace(diagonal(workload, targets)) for targets in labels]
 
 
 def trace(values: Values) -> float:

@@ -33,7 +33,7 @@ class Row:
         source: Who computed it: gradient, fisherfn or a peer.
         compiled: Whether under `torch.compile(fullgraph=True)`.
         status: "ok", "skipped", "not offered" or "failed".
-        message: Why not, where the status is not "ok".
+        message: Why not, where the status is not "ok"; else what of the model is left out.
         error: Largest deviation from the oracle when computed in float64; where a peer draws labels
             itself, the deviation of what it computes from the observed ones.
         rounding: Distance of the timed float32 result from the oracle, relative to its norm.
