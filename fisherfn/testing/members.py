@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -47,6 +47,7 @@ class Member:
         result: "joined" results merge, "rows" have one entry an example, "pairs" one a pair,
             "whole" ones are about the whole batch and do not merge.
         arguments: What the transformation wants after model and likelihood, for a given problem.
+        kinds: The networks that show what is special about it; empty for any.
     """
 
     name: str
@@ -56,6 +57,7 @@ class Member:
     unit: str = "example"
     result: Literal["joined", "rows", "pairs", "whole"] = "joined"
     arguments: Callable[[Problem], tuple[Any, ...]] = lambda problem: ()
+    kinds: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Give the name, as a test id."""
@@ -154,10 +156,56 @@ def _from_products() -> list[Member]:
     ]
 
 
-def _basis(problem: Problem) -> tuple[EKFAC]:
+def _sharing(problem: Problem) -> tuple[list[tuple[str, ...]]]:
+    """The weights of layers that read one input, those with the later paths first."""
+    options: dict[str, Any] = {"fisher": "forward_only", "bias": "diagonal", "unit": problem.unit}
+    like = kfac(problem.model, problem.likelihood, **options)(*problem.args)
+    groups: dict[tuple[int, int], list[str]] = {}
+    for b in like.blocks:
+        if b.input_form == "matrix":
+            groups.setdefault((id(like.inputs[b.name]), b.groups), []).insert(0, b.name)
+    return ([tuple(names) for names in groups.values()],)
+
+
+def _joint_kfac(model: Any, likelihood: Any, groups: Any, **options: Any) -> Any:
+    """K-FAC with one block for all layers that read one input."""
+    return kfac(model, likelihood, joint=groups, **options)
+
+
+def _joint_ekfac(model: Any, likelihood: Any, groups: Any, basis: EKFAC, **options: Any) -> Any:
+    """EKFAC with one block for all layers that read one input."""
+    return ekfac(model, likelihood, basis, joint=groups, **options)
+
+
+def _joint() -> list[Member]:
+    """Layers with a common block, under both approximations and every treatment of biases."""
+    by_position = {"unit": "position", "approx": "reduce", "bias": "separate"}
+    drawn = {"fisher": "mc", "num_samples": 3, "bias": "diagonal"}
+    table: list[tuple[str, Any, dict[str, Any]]] = [
+        ("kfac-joint-exact", _joint_kfac, {}),
+        ("kfac-joint-empirical-position", _joint_kfac, {"fisher": "empirical", **by_position}),
+        ("kfac-joint-mc-three_samples", _joint_kfac, drawn),
+        ("kfac-joint-forward_only", _joint_kfac, {"fisher": "forward_only"}),
+        ("ekfac-joint-exact", _joint_ekfac, {"bias": "separate"}),
+    ]
+    found = []
+    for name, make, options in table:
+        keyed, unit = options.get("fisher") == "mc", options.get("unit", "example")
+        given = _joint_basis if make is _joint_ekfac else _sharing
+        found.append(Member(name, make, options, keyed, unit, arguments=given, kinds=("gated",)))
+    return found
+
+
+def _joint_basis(problem: Problem) -> tuple[list[tuple[str, ...]], EKFAC]:
+    (groups,) = _sharing(problem)
+    return groups, *_basis(problem, groups)
+
+
+def _basis(problem: Problem, joint: Sequence[tuple[str, ...]] = ()) -> tuple[EKFAC]:
     """Eigenbases for the model's blocks that do not depend on the data."""
     given = problem.model, problem.likelihood
-    like = kfac(*given, fisher="forward_only", bias="separate", unit=problem.unit)(*problem.args)
+    options: dict[str, Any] = {"bias": "separate", "unit": problem.unit, "joint": joint}
+    like = kfac(*given, fisher="forward_only", **options)(*problem.args)
 
     def factor(x: Tensor) -> Tensor:
         if x.dim() < 3:
@@ -212,6 +260,7 @@ def _members() -> dict[str, Member]:
     many = {"fisher": "mc", "num_samples": 3}
     found.append(Member("kfac-mc-three_samples", kfac, many, keyed=True))
     found.append(Member("diagonal-mc-three_samples", diagonal, many, keyed=True))
+    found += _joint()
     found += _traces()
     found.append(Member("grouped-mc-three_samples", grouped, many, keyed=True, arguments=_groups))
     found += _from_products()

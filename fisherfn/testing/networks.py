@@ -152,6 +152,22 @@ class Mapped(nn.Module):
         return self.head(torch.sigmoid(self.left(a)) * self.right(b))
 
 
+class Gated(nn.Module):
+    """A layer, then two that read its output, of different sizes, and a head."""
+
+    def __init__(self, length: int, width: int) -> None:
+        super().__init__()
+        self.enter = nn.Linear(3, 4)
+        self.gate = nn.Linear(4, 3)
+        self.up = nn.Linear(4, 2)
+        self.head = nn.Linear(3, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits `[B, T, width]`."""
+        h = torch.tanh(self.enter(x))
+        return self.head(torch.sigmoid(self.gate(h)) * self.up(h).sum(-1, keepdim=True))
+
+
 def _mlp(length: int, width: int) -> nn.Module:
     return nn.Sequential(
         nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4), nn.GELU(), nn.Linear(4, width)
@@ -186,6 +202,7 @@ BUILDERS: dict[str, tuple[Any, Any, Any, bool]] = {
     ),
     "reuse": (Reuse, lambda t: _floats(t, 3), lambda t: (t,), True),
     "unknown": (Unknown, lambda t: _floats(t, 3), lambda t: (t,), True),
+    "gated": (Gated, lambda t: _floats(t, 3), lambda t: (t,), True),
     "mapped": (Mapped, lambda t: _named, lambda t: (), False),
 }
 

@@ -31,11 +31,12 @@ def test_law(
     kinds = ("positionwise", "grid", "sequence", "tied", "reuse", "unknown")
     if "kfac" in member.name:  # one position more is one use more: a tied weight has no block
         kinds = tuple(kind for kind in kinds if kind != "reuse")
-    strategy = (
-        testing.problems(unit=member.unit, kinds=kinds)
-        if law is testing.padded_positions
-        else testing.problems(unit=member.unit)
-    )
+    if member.kinds:
+        strategy = testing.problems(unit=member.unit, kinds=member.kinds)
+    elif law is testing.padded_positions:
+        strategy = testing.problems(unit=member.unit, kinds=kinds)
+    else:
+        strategy = testing.problems(unit=member.unit)
     law(member, data.draw(strategy))
 
 
