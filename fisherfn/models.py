@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fisherfn.core.errors import OptionError, UnsupportedError
-from fisherfn.core.substitution import Substitution
+from fisherfn.core.substitution import Substitution, turn
 
 #: A tree of tensors; for modules a flat dict from qualified name to tensor.
 Params: TypeAlias = Any
@@ -116,8 +116,10 @@ def functional(
         )
     chosen = _selector(select)
     params: dict[str, Tensor] = {}
-    buffers: dict[str, Tensor] = {k: b.detach() for k, b in module.named_buffers()}
-    for name, p in module.named_parameters():
+    with turn(module):  # another thread may be running it
+        named = list(module.named_parameters())
+        buffers: dict[str, Tensor] = {k: b.detach() for k, b in module.named_buffers()}
+    for name, p in named:
         wanted = chosen(name, p)
         explicit = select is not None and wanted
         if wanted and (p.requires_grad or (explicit and not p.is_floating_point())):
@@ -130,7 +132,7 @@ def functional(
         else:
             buffers[name] = p.detach()
     if not params:
-        names = [name for name, _ in module.named_parameters()]
+        names = [name for name, _ in named]
         raise OptionError(
             f"functional: expected select= to leave at least one trainable parameter, got none of "
             f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). "

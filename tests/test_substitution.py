@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -140,6 +142,41 @@ def test_scripted_parts_are_left_to_torch() -> None:
     x = torch.ones(1, 3)
     assert torch.equal(Substitution(module)(values, (x,), {}), reference(module, values, x))
     assert torch.equal(module(x), scripted(x))
+
+
+class Slow(nn.Module):
+    """A layer that is used twice, with time for other threads in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        time.sleep(0.002)
+        return self.layer(h)
+
+
+def test_threads_take_turns_with_a_module() -> None:
+    module = Slow().double()
+    before = tensors(module)
+    batch = ff.Batch(torch.rand(4, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0]))
+    lik = ff.likelihoods.categorical()
+    _, params, buffers = ff.functional(module)
+    points = [ff.tree.scale(params, 1.0 + i) for i in range(4)]
+    alone = ff.diagonal(ff.functional(copy.deepcopy(module))[0], lik)
+    want = [alone(p, buffers, batch).values for p in points]
+
+    def run(i: int) -> list[Any]:
+        model, same, _ = ff.functional(module)  # each thread looks at the module for itself
+        assert all(torch.equal(same[k], params[k]) for k in params)
+        shared = ff.diagonal(model, lik)
+        return [shared(points[i], buffers, batch).values for _ in range(3)]
+
+    with ThreadPoolExecutor(4) as pool:
+        for expected, found in zip(want, pool.map(run, range(4)), strict=True):
+            assert all(torch.equal(got[k], expected[k]) for got in found for k in expected)
+    assert all(t is before[k] for k, t in tensors(module).items())
 
 
 def test_runs_inside_a_compiled_function() -> None:

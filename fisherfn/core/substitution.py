@@ -7,6 +7,8 @@ that was changed since then is looked up afresh.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,14 +18,32 @@ from torch import Tensor, nn
 #: A dict of a submodule, and the key in it.
 Place = tuple[dict[str, Any], str]
 
+# One for each module: two threads that fill the same places would read each other's tensors, and
+# take them for the module's own.
+_LOCKS: weakref.WeakKeyDictionary[nn.Module, threading.RLock] = weakref.WeakKeyDictionary()
+
+
+def turn(module: nn.Module) -> threading.RLock:
+    """Return the lock of a module, held while its places hold other tensors."""
+    return _LOCKS.setdefault(module, threading.RLock())
+
 
 class Substitution:
-    """Calls one module with other parameters and buffers; the module is as before afterwards."""
+    """Calls one module with other parameters and buffers; the module is as before afterwards.
+
+    Threads take turns.
+    """
 
     def __init__(self, module: nn.Module) -> None:
         """Look up the places of `module`."""
         self.module = module
-        self._look()
+        self._lock = turn(module)
+        with self._lock:
+            self._look()
+
+    def __reduce__(self) -> tuple[type[Substitution], tuple[nn.Module]]:
+        """Look up the places anew where it is copied to."""
+        return Substitution, (self.module,)
 
     def _look(self) -> None:
         self._children: list[tuple[dict[str, Any], str, nn.Module]] = []
@@ -64,11 +84,17 @@ class Substitution:
         self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Call the module; tied places share the tensor that is given under their first name."""
-        direct = not torch.compiler.is_dynamo_compiling() and not self._opaque
-        if direct and not self._current():
+        if torch.compiler.is_dynamo_compiling():
+            return torch.func.functional_call(self.module, dict(tensors), args, kwargs)
+        with self._lock:
+            return self._run(tensors, args, kwargs)
+
+    def _run(
+        self, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if not self._opaque and not self._current():
             self._look()
-            direct = not self._opaque
-        if not direct or any(name not in self._places for name in tensors):
+        if self._opaque or any(name not in self._places for name in tensors):
             return torch.func.functional_call(self.module, dict(tensors), args, kwargs)
         try:
             for name, t in tensors.items():
