@@ -15,6 +15,7 @@ from fisherfn.curvature import EKFAC, KFAC, BlockDiagonal, Dense, Grouped
 from fisherfn.estimators import opaque
 from fisherfn.estimators.driver import Task, evaluate
 from fisherfn.estimators.observe import Labels
+from fisherfn.estimators.recipe import recipe
 from fisherfn.estimators.statistic import Statistic
 from fisherfn.likelihoods.base import Likelihood
 
@@ -62,6 +63,10 @@ class Estimator:
         """Make the options read-only and take a name that compiled code can call by."""
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
         object.__setattr__(self, "slot", opaque.register(self))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy by making it again."""
+        return recipe(self.name, self.model, self.likelihood, self.options)
 
     def __call__(
         self, params: Any, buffers: Any, batch: Batch, *, key: Tensor | None = None

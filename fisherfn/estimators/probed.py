@@ -63,6 +63,10 @@ class ProbedTrace:
         object.__setattr__(self, "options", MappingProxyType(options))
         object.__setattr__(self, "slot", opaque.register(self))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy by making it again."""
+        return ProbedTrace, (self.name, self.model, self.likelihood, dict(self.options))
+
     def __call__(
         self, params: Any, buffers: Any, batch: Batch, *, key: Tensor | None = None
     ) -> Estimate:

@@ -88,6 +88,11 @@ class Statistics:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
         object.__setattr__(self, "slot", opaque.register(self))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy by making it again."""
+        fields = self.model, self.likelihood, dict(self.estimators), dict(self.options)
+        return Statistics, fields
+
     def __call__(
         self, params: Any, buffers: Any, batch: Batch, *, key: Tensor | None = None
     ) -> dict[str, Any]:

@@ -47,6 +47,10 @@ class Inferred(Mapping[str, GroupSpec]):
         self._specs = dict(specs)
         self.unknown: Mapping[str, str] = MappingProxyType(dict(unknown))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy both."""
+        return Inferred, (self._specs, dict(self.unknown))
+
     def __getitem__(self, path: str) -> GroupSpec:
         """Return the spec at a path."""
         return self._specs[path]

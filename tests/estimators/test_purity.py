@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import pickle
 from typing import Any
 
 import pytest
@@ -259,3 +260,23 @@ def test_autocast_does_not_leak_into_contractions() -> None:
             assert (value.bfloat16().float() != value).float().mean() > 0.9
             # each score is rounded to 8 bits by the oracle's own backward pass; 64 of them average
             assert (value.double() - want[name]).norm() < 5e-3 * want[name].norm()
+
+
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+def test_copies_estimate_the_same_from_their_own_model(member: testing.Member, way: str) -> None:
+    network = networks.build("mlp", 5, 2, 3)
+    given = problem("mlp", member.unit)
+    model = ff.functional(network.module)[0]
+    estimator = member.build(dataclasses.replace(given, model=model))
+    if not hasattr(estimator, "options"):
+        estimator = ff.implicit(model, given.likelihood)  # the member is a function around it
+    twin = copy.deepcopy(estimator) if way == "deepcopy" else pickle.loads(pickle.dumps(estimator))
+    key = ff.random.key(0) if member.keyed else None
+    assert dict(twin.options).keys() == dict(estimator.options).keys()
+    assert twin.model is not estimator.model
+    got, want = (e(*given.args, key=key) for e in (twin, estimator))
+    if isinstance(want, ff.Implicit):
+        copied = copy.deepcopy(want) if way == "deepcopy" else pickle.loads(pickle.dumps(want))
+        got, want = copied.to_dense() + got.to_dense(), 2.0 * want.to_dense()
+    testing.assert_close(got, want)

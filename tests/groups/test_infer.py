@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import logging
+import pickle
 from typing import Any
 
 import pytest
@@ -268,3 +270,10 @@ def test_bad_input() -> None:
     for bucket in (0, 2.0, True):
         with pytest.raises(ff.OptionError, match=r"infer: expected bucket to be an integer"):
             infer(params, net, bucket=bucket)  # type: ignore[arg-type]
+
+
+def test_what_was_inferred_can_be_sent_to_another_process() -> None:
+    specs = infer({"weight": torch.ones(3, 2), "table": torch.ones(2, 2, 2, 2, 2, 2)})
+    for twin in (copy.deepcopy(specs), pickle.loads(pickle.dumps(specs))):
+        assert dict(twin) == dict(specs)
+        assert twin.unknown == specs.unknown

@@ -58,6 +58,10 @@ class Product:
         object.__setattr__(self, "_stack", _Stack(self))
         object.__setattr__(self, "_counter", _Counter(self))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy by making it again."""
+        return Product, (self.name, self.model, self.likelihood, dict(self.options), self.kind)
+
     def __call__(
         self,
         params: Any,

@@ -35,6 +35,10 @@ class Bound:
     reuse_forward: bool
     linear: Linearized | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy without what was computed ahead: a graph is neither copied nor sent."""
+        return Bound, (self.product, self.reuse_forward)
+
     def prepare(self, arguments: Any) -> Bound | None:
         """Run the forward pass, for many products."""
         if not self.reuse_forward:
