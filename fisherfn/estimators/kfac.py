@@ -162,10 +162,10 @@ def _plus(a: Moments, b: Moments, form: str) -> Moments:
 
 
 def _averaged(moments: Moments, form: str) -> Tensor:
-    """Return the average over rows; the sums are used up."""
+    """Return the average over rows; sums are used up, but rows may be those of the data."""
     many = moments.rows.to(moments.square.dtype)
     scale = many.rsqrt() if form == "rows" else many.reciprocal()
-    own = not transformed() and not moments.square.requires_grad
+    own = form != "rows" and not transformed() and not moments.square.requires_grad
     return moments.square.mul_(scale) if own else moments.square * scale
 
 

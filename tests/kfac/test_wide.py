@@ -193,3 +193,15 @@ def test_the_width_is_a_number() -> None:
     for bad in (0, 2.5, True, None):
         with pytest.raises(ff.OptionError, match="kfac: expected widest= to be an integer"):
             ff.kfac(case.model, case.likelihood, widest=bad)
+
+
+@pytest.mark.parametrize("bias", ["joint", "separate"])
+def test_rows_of_the_data_are_left_as_they_are(bias: str) -> None:
+    """Without a mask or weights the rows of a first layer are the batch itself."""
+    model, params, buffers, batch = problem("both", positions=False)
+    before = batch.inputs.clone()
+    fim = ff.kfac(model, ff.likelihoods.categorical(), widest=6, bias=bias)
+    first = fim(params, buffers, batch).to_dense()
+    assert torch.equal(batch.inputs, before)
+    full = ff.kfac(model, ff.likelihoods.categorical(), bias=bias)(params, buffers, batch)
+    assert_close(first, full.to_dense())
