@@ -89,6 +89,26 @@ def results(rank: int) -> Any:
     return found
 
 
+def gated(params: Any, buffers: Any, x: torch.Tensor) -> torch.Tensor:
+    """Two layers that read one tensor, and one behind them."""
+    h = torch.tanh(x @ params["gate"].T) * torch.nn.functional.linear(x, params["up"])
+    return h @ params["head"]
+
+
+def joint(rank: int) -> Any:
+    """K-FAC with a common block of two layers: its sum, and its inverse by layers."""
+    sizes = {"gate": (5, 4), "up": (5, 4), "head": (5, 3)}
+    params = {
+        name: ff.random.normal(ff.random.key(i), shape, torch.float64).to(device())
+        for i, (name, shape) in enumerate(sizes.items())
+    }
+    fim = ff.kfac(gated, LIKELIHOOD, joint=[("up", "gate")])
+    data = list(ff.distributed.local_batches(batches()))
+    F = ff.distributed.all_reduce(ff.states.accumulate(fim, params, {}, data)[1]).result
+    whole = ff.states.accumulate(fim, params, {}, batches())[1].result
+    return {"F": F, "whole": whole, "inverse": ff.optim.sharded_inverse(F).matrix}
+
+
 def states(rank: int) -> Any:
     """Every kind of state."""
     fim = estimators()["diagonal"]
@@ -206,7 +226,7 @@ def dtensors(rank: int) -> Any:
     }
 
 
-SCENARIOS = (results, states, no_data, sharded, traffic, refusals, dtensors)
+SCENARIOS = (results, joint, states, no_data, sharded, traffic, refusals, dtensors)
 
 
 def main() -> None:

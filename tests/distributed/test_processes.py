@@ -76,6 +76,14 @@ def test_results_are_those_of_one_process(ranks: Ranks, name: str) -> None:
         identical(state, ranks["results"][0][name])
 
 
+def test_layers_with_a_common_block(ranks: Ranks) -> None:
+    for found in ranks["joint"]:
+        assert [b.name for b in found["F"].blocks] == ["up+gate", "head"]
+        close(found["F"], found["whole"], 1e-12)
+        close(found["inverse"].to_dense(), found["whole"].to_dense(), 1e-12)
+        identical(found["F"], ranks["joint"][0]["F"])
+
+
 def test_standard_errors_are_those_of_one_process(ranks: Ranks) -> None:
     name = "diagonal_stderr"
     want = scenarios.fold(scenarios.estimators()[name], scenarios.batches()).result
