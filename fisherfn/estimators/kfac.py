@@ -248,6 +248,16 @@ def kfac(
         >>> F.inputs["w"], F.outputs["w"]
         (tensor([[[4.]]], dtype=torch.float64), tensor([[[ 0.2500, -0.2500],
                  [-0.2500,  0.2500]]], dtype=torch.float64))
+
+        Two layers that read one input, in one block, with the terms between them:
+
+        >>> gated = lambda params, buffers, x: (x @ params["gate"]) * (x @ params["up"])
+        >>> params = {"gate": torch.ones(1, 1), "up": torch.ones(1, 1)}
+        >>> fim = ff.kfac(gated, ff.likelihoods.gaussian(1.0), joint=[("gate", "up")])
+        >>> F = fim(params, {}, ff.Batch(torch.tensor([[2.0]])))
+        >>> F.inputs["gate+up"], F.outputs["gate+up"]
+        (tensor([[[4.]]]), tensor([[[4., 4.],
+                 [4., 4.]]]))
     """
     settings = Settings(
         fisher, approx, bias, partition, joint, num_samples, unit, widest, chunk_size
