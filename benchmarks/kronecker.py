@@ -122,7 +122,7 @@ def _scores(
     if label is None:
         if log_p.dim() > 1:
             raise ValueError("factors: all labels are affordable for one position only")
-        yield from ((log_p[c], float(log_p[c].exp())) for c in range(len(log_p)))
+        yield from ((log_p[c], float(log_p[c].detach().exp())) for c in range(len(log_p)))
         return
     picked = log_p.gather(-1, label.unsqueeze(-1)).squeeze(-1)
     yield (picked if keep is None else picked[keep]).sum(), 1.0

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import importlib
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.oracle import Values
-from benchmarks.prepared import NOT_THERE, NotOffered, OneBatch, Prepared, no_mask, offered
+from benchmarks.prepared import NotOffered, OneBatch, Prepared, no_mask, offered
 from benchmarks.workloads import Workload
 
 IGNORED = -100  # what torch's losses leave out
@@ -30,21 +30,23 @@ NO_CLASS_WEIGHTS = "no weights of classes for this kind of labels"
 
 
 @dataclass(frozen=True)
-class Loss:
-    """How a user writes down the loss.
+class Options:
+    """What a user may choose.
 
     Attributes:
-        reduction: "mean" or "sum", where a library lets its users choose.
+        reduction: "mean" or "sum" of the loss, where a library leaves that to its users.
         class_weight: Weights of the classes, [C].
         reused: Whether a module is called several times, which some libraries want to be told.
+        draws: Labels drawn for each example.
     """
 
     reduction: str = "mean"
     class_weight: Tensor | None = None
     reused: bool = False
+    draws: int = 1
 
 
-PLAIN = Loss()
+PLAIN = Options()
 
 
 class ClassesSecond(nn.Module):
@@ -61,7 +63,7 @@ class ClassesSecond(nn.Module):
         return logits if logits.dim() == 2 else logits.movedim(-1, 1)
 
 
-def backpack(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepared:
+def backpack(workload: Workload, quantity: str, options: Options = PLAIN) -> Prepared:
     """Prepare BackPACK: KFAC draws labels, KFLR is the same with all of them.
 
     Its factors of a convolution are documented to be larger than those of Grosse & Martens (2016)
@@ -71,15 +73,15 @@ def backpack(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepared:
     extensions = importlib.import_module("backpack.extensions")
     no_mask(workload)
     known = {
-        "kfac/mc": lambda: extensions.KFAC(mc_samples=1),
+        "kfac/mc": lambda: extensions.KFAC(mc_samples=options.draws),
         "kfac/exact": extensions.KFLR,
     }
     extension = offered(known, quantity)()
     module = library.extend(copy.deepcopy(workload.module))
     criterion = library.extend(
-        nn.CrossEntropyLoss(reduction=loss.reduction, weight=loss.class_weight)
+        nn.CrossEntropyLoss(reduction=options.reduction, weight=options.class_weight)
     )
-    scale = workload.positions if loss.reduction == "mean" else 1 / workload.examples
+    scale = workload.positions if options.reduction == "mean" else 1 / workload.examples
     positions: dict[str, int] = {}
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Conv2d):
@@ -111,7 +113,7 @@ def backpack(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepared:
     return Prepared(run, values, reset)
 
 
-def asdl(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepared:
+def asdl(workload: Workload, quantity: str, options: Options = PLAIN) -> Prepared:
     """Prepare ASDL: hooks on the layers that it knows; normalisation layers get their diagonal.
 
     `data_size`, by which it divides, is the number of labels: of positions where each has a label.
@@ -127,13 +129,14 @@ def asdl(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepared:
     shape = {"kfac": library.SHAPE_KRON, "ekfac": library.SHAPE_KFE}[structure]
     if fisher != "empirical":
         no_mask(workload)
-        if loss.class_weight is not None:
+        if options.class_weight is not None:
             raise NotOffered(NO_CLASS_WEIGHTS)
     module = copy.deepcopy(workload.module)
     config = library.FisherConfig(
         fisher_type=offered(kinds, fisher),
         fisher_shapes=[shape, (nn.LayerNorm, library.SHAPE_DIAG)],
         loss_type=library.LOSS_CROSS_ENTROPY,
+        n_mc_samples=options.draws,
         data_size=workload.examples * workload.positions,
         ignore_modules=_unbatched(module, workload.batch.inputs),
     )
@@ -142,7 +145,7 @@ def asdl(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepared:
     flat = output.flatten(0, -2) if workload.positions > 1 else output
     maker.setup_logits_repr(flat)
     maker.setup_loss_call(
-        F.cross_entropy, flat, _targets(workload).flatten(), weight=loss.class_weight
+        F.cross_entropy, flat, targets_of(workload).flatten(), weight=options.class_weight
     )
     scale = workload.positions
 
@@ -172,22 +175,27 @@ def asdl(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepared:
     return Prepared(maker.forward_and_backward, values, maker.zero_fisher)
 
 
-def nngeometry(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepared:
+def nngeometry(workload: Workload, quantity: str, options: Options = PLAIN) -> Prepared:
     """Prepare NNGeometry: hooks, one backward pass for each column."""
     metrics = importlib.import_module("nngeometry.metrics")
     objects = importlib.import_module("nngeometry.object")
     backend = importlib.import_module("nngeometry.backend").TorchHooksJacobianBackend
-    no_mask(workload)
-    if loss.class_weight is not None:
-        raise NotOffered(NO_CLASS_WEIGHTS)
     structure, _, fisher = quantity.partition("/")
+    if fisher != "empirical":
+        no_mask(workload)
+        if options.class_weight is not None:
+            raise NotOffered(NO_CLASS_WEIGHTS)
     kind = {"kfac": objects.PMatKFAC, "ekfac": objects.PMatEKFAC}[structure]
     module = copy.deepcopy(workload.module)
     loader, several = OneBatch(workload), workload.positions > 1
 
     def log_p(x: Tensor, y: Tensor) -> Tensor:
-        picked = module(x).log_softmax(-1).gather(-1, y.unsqueeze(-1))
-        return picked.flatten(1).sum(1, keepdim=True)
+        picked = module(x).log_softmax(-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        if workload.batch.mask is not None:
+            picked = picked * workload.batch.mask
+        if options.class_weight is not None:  # a square root: scores are multiplied in pairs
+            picked = picked * options.class_weight[y].sqrt()
+        return picked.reshape(len(y), -1).sum(1, keepdim=True)
 
     def rows(*batch: Tensor) -> Tensor:
         return module(batch[0]).flatten(0, -2)
@@ -200,7 +208,11 @@ def nngeometry(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepare
     makers: dict[str, Callable[[], Any]] = {
         "empirical": lambda: kind(generator=backend(model=module, function=log_p), examples=loader),
         "mc": lambda: metrics.FIM_MonteCarlo(
-            device=workload.device, variant=variant, function=image if several else None, **shared
+            device=workload.device,
+            variant=variant,
+            trials=options.draws,
+            function=image if several else None,
+            **shared,
         ),
         "exact": lambda: metrics.FIM(
             device=workload.device, function=rows if several else None, **shared
@@ -229,7 +241,7 @@ def nngeometry(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepare
     return Prepared(run, values)
 
 
-def curvlinops(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepared:
+def curvlinops(workload: Workload, quantity: str, options: Options = PLAIN) -> Prepared:
     """Prepare curvlinops: an operator that keeps its factors, so that each batch needs a new one.
 
     It takes the parameters of linear layers and two-dimensional convolutions, and refuses others.
@@ -241,9 +253,9 @@ def curvlinops(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepare
     module = ClassesSecond(copy.deepcopy(workload.module))
     known = [m for m in module.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
     params = list({id(p): p for m in known for p in m.parameters()}.values())
-    criterion = nn.CrossEntropyLoss(weight=loss.class_weight, reduction=loss.reduction)
-    data = [(workload.batch.inputs, _targets(workload))]
-    scale = workload.positions if loss.reduction == "mean" else 1 / workload.examples
+    criterion = nn.CrossEntropyLoss(weight=options.class_weight, reduction=options.reduction)
+    data = [(workload.batch.inputs, targets_of(workload))]
+    scale = workload.positions if options.reduction == "mean" else 1 / workload.examples
     seeds = itertools.count()
 
     def run() -> Any:
@@ -255,6 +267,7 @@ def curvlinops(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepare
             check_deterministic=False,
             seed=next(seeds),
             fisher_type=kind,
+            mc_samples=options.draws,
             num_data=workload.examples,
             num_per_example_loss_terms=workload.positions,
             separate_weight_and_bias=False,
@@ -285,102 +298,7 @@ def curvlinops(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepare
     return Prepared(run, values)
 
 
-def kronfluence(workload: Workload, quantity: str, loss: Loss = PLAIN) -> Prepared:
-    """Prepare kronfluence: the functions below its `Analyzer`, which would write files.
-
-    It averages factors over positions, and second moments in the eigenbasis over examples.
-    """
-    task = importlib.import_module("kronfluence.task").Task
-    covariance = importlib.import_module("kronfluence.factor.covariance")
-    eigen = importlib.import_module("kronfluence.factor.eigen")
-    state = importlib.import_module("kronfluence.utils.state").State(
-        cpu=workload.device.type == "cpu"
-    )
-    structure, _, fisher = quantity.partition("/")
-    if fisher == "exact":
-        raise NotOffered(NOT_THERE)
-    batch, mask = [workload.batch.inputs, _targets(workload)], workload.batch.mask
-
-    class Classification(task):
-        """What the library wants to know about a problem."""
-
-        def compute_train_loss(self, batch: Any, model: nn.Module, sample: bool = False) -> Tensor:
-            logits = workload.logits(model, batch[0]).flatten(0, -2)
-            targets = batch[1].flatten()
-            if sample:
-                with torch.no_grad():
-                    drawn = torch.multinomial(logits.softmax(-1), 1).flatten()
-                targets = torch.where(targets == IGNORED, targets, drawn)
-            each = F.cross_entropy(logits, targets, reduction="none")
-            if loss.class_weight is not None:  # a square root: scores are multiplied in pairs
-                each = each * loss.class_weight[targets].sqrt()
-            return each.sum()
-
-        def compute_measurement(self, batch: Any, model: nn.Module) -> Tensor:
-            return self.compute_train_loss(batch, model)
-
-        def get_attention_mask(self, batch: Any) -> Tensor | None:
-            return mask
-
-    class Loader:
-        """One batch, as it is."""
-
-        def __iter__(self) -> Iterator[Any]:
-            return iter([batch])
-
-        def __len__(self) -> int:
-            return 1
-
-    prepared = importlib.import_module("kronfluence.analyzer").prepare_model
-    own = Classification()
-    module = prepared(copy.deepcopy(workload.module), own)
-    dtype = next(workload.module.parameters()).dtype
-    arguments = importlib.import_module("kronfluence.arguments").FactorArguments(
-        strategy="ekfac",
-        use_empirical_fisher=fisher == "empirical",
-        has_shared_parameters=loss.reused,
-        activation_covariance_dtype=dtype,
-        gradient_covariance_dtype=dtype,
-        per_sample_gradient_dtype=dtype,
-        lambda_dtype=dtype,
-    )
-    shared = {"model": module, "state": state, "factor_args": arguments, "disable_tqdm": True}
-
-    def run() -> Any:
-        _, factors = covariance.fit_covariance_matrices_with_loader(
-            task=own, loader=Loader(), **shared
-        )
-        if structure == "kfac":
-            return factors
-        bases = eigen.perform_eigendecomposition(covariance_factors=factors, **shared)
-        _, scales = eigen.fit_lambda_matrices_with_loader(
-            task=own, loader=Loader(), eigen_factors=bases, **shared
-        )
-        return bases, scales
-
-    counted = workload.positions if mask is None else float(mask.sum()) / workload.examples
-
-    def values(raw: Any) -> Values:
-        found: Values = {}
-        if structure == "kfac":
-            for name, a in raw["activation_covariance"].items():
-                g = raw["gradient_covariance"][name]
-                found[f"A/{name}.weight"] = a / raw["num_activation_covariance_processed"][name]
-                many = raw["num_gradient_covariance_processed"][name]
-                found[f"G/{name}.weight"] = counted * g / many
-            return found
-        bases, scales = raw
-        for name, a in bases["activation_eigenvectors"].items():
-            found[f"QA/{name}.weight"] = a
-            found[f"QG/{name}.weight"] = bases["gradient_eigenvectors"][name]
-            many = scales["num_lambda_processed"][name]
-            found[f"S/{name}.weight"] = scales["lambda_matrix"][name] / many
-        return found
-
-    return Prepared(run, values)
-
-
-def _targets(workload: Workload) -> Tensor:
+def targets_of(workload: Workload) -> Tensor:
     """Return targets in which what does not count is marked as torch's losses want it."""
     mask, targets = workload.batch.mask, workload.batch.targets
     return targets if mask is None else targets.masked_fill(~mask, IGNORED)

@@ -11,7 +11,7 @@ import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import diagonal_peers, kronecker_peers
+from benchmarks import diagonal_peers, kronecker_peers, kronfluence_peer
 from benchmarks.prepared import NOT_THERE, NotOffered, Prepared
 from benchmarks.workloads import Workload
 
@@ -67,5 +67,5 @@ PEERS = {
     "ASDL": Peer("asdfghjkl", diagonal_peers.asdl, kronecker_peers.asdl),
     "NNGeometry": Peer("nngeometry", diagonal_peers.nngeometry, kronecker_peers.nngeometry),
     "curvlinops": Peer("curvlinops-for-pytorch", _no_diagonal, kronecker_peers.curvlinops),
-    "kronfluence": Peer("kronfluence", _missing, kronecker_peers.kronfluence),
+    "kronfluence": Peer("kronfluence", _missing, kronfluence_peer.kronfluence),
 }
