@@ -30,17 +30,28 @@ _PROBED = 2**20
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 
 
-def tolerance(t: Tensor) -> float:
-    """Return the relative difference that rounding may explain."""
-    return _TOLERANCE.get(t.dtype, 2e-3)
+def coarsest(*tensors: Any) -> torch.dtype:
+    """Return the least precise dtype that takes part where these tensors meet."""
+    found = {(t.dtype, t.device.type) for t in tensors if isinstance(t, Tensor)}
+    autocast = {torch.get_autocast_dtype(d) for _, d in found if torch.is_autocast_enabled(d)}
+    dtypes = {dtype for dtype, _ in found if dtype.is_floating_point} | autocast
+    return max(dtypes, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
 
 
-def check_examples_apart(outputs: tuple[Any, Any], counts: tuple[int, int]) -> None:
+def tolerance(dtype: torch.dtype) -> float:
+    """Return the relative difference that rounding to a dtype may explain."""
+    return _TOLERANCE.get(dtype, 2e-3)
+
+
+def check_examples_apart(
+    outputs: tuple[Any, Any], counts: tuple[int, int], dtype: torch.dtype
+) -> None:
     """Refuse models whose examples influence each other, or whose outputs are random.
 
     Args:
         outputs: Outputs of two runs, whose first examples are the same.
         counts: Number of examples of each.
+        dtype: What the model computes in, where it is least precise.
 
     Raises:
         UnsupportedError: the common examples differ, or outputs do not begin with the examples.
@@ -64,7 +75,7 @@ def check_examples_apart(outputs: tuple[Any, Any], counts: tuple[int, int]) -> N
             )
         x, y = a[:few].double(), b[:few].double()
         scale = x.abs().amax().clamp_min(1e-30) if x.numel() else x.new_tensor(1.0)
-        if bool(((x - y).abs().amax() if x.numel() else scale * 0) > tolerance(a) * scale):
+        if bool(((x - y).abs().amax() if x.numel() else scale * 0) > tolerance(dtype) * scale):
             raise UnsupportedError(
                 "capture: expected a deterministic model that treats examples apart, got outputs "
                 "that change with the rest of the batch or from call to call. Switch off dropout, "
@@ -86,11 +97,12 @@ def check_batch_size(model: Any, params: Any, buffers: Any, inputs: Any) -> None
     """
     with torch.no_grad():
         together = trees.leaves(model(params, buffers, inputs))
+        allowed = tolerance(coarsest(*trees.leaves(params), *together))
         for b in range(together[0].shape[0]):
             one = trees.map(lambda t, b=b: t[b : b + 1] if isinstance(t, Tensor) else t, inputs)
             for x, y in zip(trees.leaves(model(params, buffers, one)), together, strict=True):
                 difference = (x[0].double() - y[b].double()).norm()
-                if not bool(difference <= tolerance(x) * x[0].double().norm() + 1e-30):
+                if not bool(difference <= allowed * x[0].double().norm() + 1e-30):
                     raise UnsupportedError(
                         "capture: expected a model that treats examples apart, got one whose "
                         "outputs "
@@ -194,10 +206,12 @@ def _failures(
     captured = {u.leaf for t in plan.taps for u in t.uses}
     uses: dict[int, list[Any]] = {}
     count = r.shape[0]
+    arithmetic = [*leaves, *trees.leaves(cotangent)]
     try:
         run = EagerRun(model, params, buffers, few, plan, count)
 
         def receive(index: int, g: Tensor) -> None:
+            arithmetic.append(g[:0])
             for leaf, form, view in forms_of(plan.taps[index], run.kept[index], g, count):
                 uses.setdefault(leaf, []).append((form.scaled(r.to(g.device)), view))
 
@@ -207,7 +221,7 @@ def _failures(
             refuse_checkpointing(error)
         return dict.fromkeys(captured, f"its layers cannot be tapped ({error})")
     failures = {}
-    largest = _largest(reference)
+    largest, dtype = _largest(reference), coarsest(*arithmetic)
     with torch.no_grad():
         for leaf in captured:
             found = reference[leaf]
@@ -218,7 +232,7 @@ def _failures(
             except RuntimeError as error:
                 failures[leaf] = f"its scores cannot be contracted ({error})"
                 continue
-            if not _alike(got, expected, largest):
+            if not _alike(got, expected, largest, dtype):
                 failures[leaf] = "captured scores differ from autograd (a use that is not visible)"
     return failures
 
@@ -256,7 +270,8 @@ def _probe_general(
         with torch.no_grad():
             batched = general.scores(model, params, buffers, few, columns, probed, looped=False)
             looped = general.scores(model, params, buffers, few, columns, probed, looped=True)
-        fits = all(_alike(a, b, largest) for a, b in zip(batched, looped, strict=True))
+        dtype = coarsest(*trees.leaves((params, cotangent)))
+        fits = all(_alike(a, b, largest, dtype) for a, b in zip(batched, looped, strict=True))
     except Exception as error:
         _LOG.info("the general path goes example by example: %s", error)
         fits = False
@@ -275,11 +290,11 @@ def _affordable(leaves: Iterable[int], params: list[Tensor]) -> list[int]:
     return chosen
 
 
-def _alike(got: Tensor, expected: Tensor, largest: float) -> bool:
+def _alike(got: Tensor, expected: Tensor, largest: float, dtype: torch.dtype) -> bool:
     difference = (got.double() - expected.double()).norm()
     # a gradient that cancels to nothing is all rounding: compare with what it is made of
-    rounding = 8.0 * torch.finfo(expected.dtype).eps * largest
-    return bool(difference <= tolerance(expected) * expected.double().norm() + rounding)
+    rounding = 8.0 * torch.finfo(dtype).eps * largest
+    return bool(difference <= tolerance(dtype) * expected.double().norm() + rounding)
 
 
 def _largest(gradients: list[Tensor | None]) -> float:

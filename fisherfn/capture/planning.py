@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfn.capture.check import check, check_examples_apart
+from fisherfn.capture.check import check, check_examples_apart, coarsest
 from fisherfn.capture.engines import refuse_checkpointing, size_of
 from fisherfn.capture.plan import Plan, build
 from fisherfn.core import trees
@@ -45,7 +45,7 @@ def plan_for(model: Any, params: Any, buffers: Any, inputs: Any, *, afresh: bool
     if not concrete(*trees.leaves((params, buffers, inputs, outputs[0]))):
         return plan
     with torch.no_grad():
-        check_examples_apart(outputs, _COUNTS)
+        check_examples_apart(outputs, _COUNTS, coarsest(*trees.leaves((params, outputs[0]))))
         plan = check(model, params, buffers, inputs, plan, outputs[1])
     if _tellable(inputs):
         remember(model, params, buffers, inputs, plan, exactly=afresh)

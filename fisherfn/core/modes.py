@@ -7,12 +7,51 @@ tensor has no single value.
 
 from __future__ import annotations
 
-from typing import Any
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch._C._functorch import is_functorch_wrapped_tensor, peek_interpreter_stack
 from torch._guards import TracingContext
 from torch._subclasses.fake_tensor import FakeTensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def unmixed(function: Callable[P, R]) -> Callable[P, R]:
+    """Return a function that runs without autocast: what it multiplies is no activation.
+
+    >>> product = unmixed(torch.mm)
+    >>> with torch.autocast("cpu", torch.bfloat16):
+    ...     product(torch.ones(1, 2), torch.ones(2, 1)).dtype
+    torch.float32
+    """
+
+    @functools.wraps(function)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda")):
+            return function(*args, **kwargs)
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return function(*args, **kwargs)
+
+    return run
+
+
+class Unmixed:
+    """A class whose methods of certain names run without autocast, in every subclass."""
+
+    _unmixed: ClassVar[tuple[str, ...]] = ()
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Wrap the methods that the subclass defines."""
+        super().__init_subclass__(**kwargs)
+        for name in cls._unmixed:
+            method = cls.__dict__.get(name)
+            if inspect.isfunction(method):
+                setattr(cls, name, unmixed(method))
 
 
 def compiling() -> bool:

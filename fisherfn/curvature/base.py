@@ -37,7 +37,7 @@ from torch import Tensor
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, ShapeError, UnsupportedError
 from fisherfn.core.merging import joined_count, merge_weights, toward
-from fisherfn.core.modes import concrete
+from fisherfn.core.modes import Unmixed, concrete
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.common import Scalar, combine, hypot, is_number, scalar_like, wide
 
@@ -212,8 +212,13 @@ class Result(abc.ABC):
         return replace(self, **changes)
 
 
-class Curvature(Result):
+class Curvature(Result, Unmixed):
     """A representation of a Fisher information matrix; the module says what all of them share."""
+
+    _unmixed: ClassVar[tuple[str, ...]] = (
+        *("mv", "solve", "pow", "quadratic", "trace", "frobenius", "logdet", "diagonal"),
+        *("eigenvalues", "sample", "to_dense", "eigh", "truncate", "inverse"),
+    )
 
     # numpy scalars then leave `c * F` to F.
     __array_ufunc__ = None

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from fisherfn.capture.plan import Plan
+from fisherfn.core.modes import Unmixed
 from fisherfn.estimators.observe import Observed
 from fisherfn.layers.leaf import LeafScores
 
@@ -30,8 +31,8 @@ class Frame:
     batch: int
 
 
-class Statistic(ABC):
-    """Accumulates one quantity over columns, draws and chunks of examples.
+class Statistic(ABC, Unmixed):
+    """Accumulates one quantity over columns, draws and chunks of examples, without autocast.
 
     Attributes:
         normalised: Whether the scores should come multiplied by `√(w/N)`.
@@ -39,6 +40,7 @@ class Statistic(ABC):
         needs_rows: Whether whole rows of scores are formed, so that memory grows with P.
     """
 
+    _unmixed = ("end_pull", "end_chunk", "end_draw", "result")
     normalised = True
     needs_scores = True
     needs_rows = False

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from fisherfn.core.errors import OptionError, UnsupportedError
+from fisherfn.core.modes import unmixed
 from fisherfn.core.trees import Tree
 from fisherfn.linalg.lanczos import check_pairs
 from fisherfn.linalg.probes import draw
@@ -125,7 +126,7 @@ def lobpcg(
     matrix = matrix.expand(space.size, space.size)
     # torch compares residuals with a share of its own that involves the norm of the vectors too
     with _Standin(matrix, product):
-        values, vectors = torch.lobpcg(
+        values, vectors = unmixed(torch.lobpcg)(
             matrix, X=first, niter=max_steps, tol=tolerance / 4, largest=True
         )
     block = [part.contiguous() for part in vectors.T.split(sizes, dim=1)]

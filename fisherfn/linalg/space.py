@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, ShapeError, TreeMismatchError, UnsupportedError
-from fisherfn.core.modes import compiling, transformed
+from fisherfn.core.modes import compiling, transformed, unmixed
 from fisherfn.core.trees import Tree
 
 Block: TypeAlias = list[Tensor]
@@ -146,6 +146,7 @@ class Space:
         trees.check_like(self.caller, "mv(v)", found, self.like, like_name="v")
         self._checked = True
 
+    @unmixed
     def gram(self, a: Block, b: Block) -> Tensor:
         """Return the inner products `[n, m]` of all pairs of vectors."""
         total = None
@@ -169,6 +170,7 @@ class Space:
         parts = [torch.linalg.vector_norm(x, dim=-1).to(self.device, self.small) for x in a]
         return torch.linalg.vector_norm(torch.stack(parts), dim=0)
 
+    @unmixed
     def combine(self, coefficients: Tensor, a: Block) -> Block:
         """Return the combinations `coefficients [m, n] @ a`, a block of m vectors."""
         return [coefficients.to(x.device, x.dtype) @ x for x in a]
@@ -235,6 +237,7 @@ class Basis:
             self._vectors = block if self._vectors is None else joined(self._vectors, block)
         self.count += n
 
+    @unmixed
     def replace(self, coefficients: Tensor) -> None:
         """Become the combinations `coefficients [m, count]` of the vectors, a leaf at a time."""
         if not self._buffered:
@@ -246,6 +249,7 @@ class Basis:
                 buffer[: len(coefficients)] = coefficients.to(old.device, old.dtype) @ old
         self.count = len(coefficients)
 
+    @unmixed
     def release(self, coefficients: Tensor) -> Block:
         """Return the combinations `coefficients [m, count]` and let go of the vectors meanwhile."""
         own, found = self.vectors, []
@@ -255,6 +259,7 @@ class Basis:
             own[i] = found[-1]
         return found
 
+    @unmixed
     def reject(self, block: Block, passes: int = 2) -> tuple[Block, Tensor]:
         """Return what of some vectors is orthogonal to these, and the coefficients of the rest.
 

@@ -194,8 +194,7 @@ def xdiag(
     z = space.apply(mv, q, chunk_size)
     values, errors = [], []
     for qi, zi, oi, leaf in zip(q, z, sketch.omega.vectors, space.leaves, strict=True):
-        st = s.T.to(qi.device, qi.dtype)
-        qs, zs = st @ qi, st @ zi
+        qs, zs = (space.combine(s.T, [x])[0] for x in (qi, zi))
         scale = pivots.to(qi.device, qi.dtype).unsqueeze(-1)
         # (I − Q_i Q_iᵀ) A ω_i = Q s_i (s_iᵀ r_i)
         mean, stderr = summary(qs * (scale * oi - zs))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.modes import unmixed
 from fisherfn.core.trees import Tree
 from fisherfn.curvature import KFAC, Curvature, LowRank, gram, spd
 from fisherfn.curvature.blocks import Blocks
@@ -22,6 +23,7 @@ class Inverse(NamedTuple):
     parts: Any  # spectra of its blocks or rows, or None where `matrix` answers cheaply by itself
 
 
+@unmixed
 def invert(matrix: Curvature, *, reused: bool = True) -> Inverse:
     """Factorise a curvature matrix.
 
@@ -44,6 +46,7 @@ def invert(matrix: Curvature, *, reused: bool = True) -> Inverse:
     return Inverse(matrix, None)
 
 
+@unmixed
 def apply(caller: str, inverse: Inverse, v: Tree, power: float, damping: Scalar) -> Tree:
     """Return (F + λI)^-power v, in the dtype of v.
 

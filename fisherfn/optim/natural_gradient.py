@@ -16,7 +16,7 @@ from torch import Tensor
 from fisherfn.batch import Batch
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError
-from fisherfn.core.modes import concrete
+from fisherfn.core.modes import concrete, unmixed
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.common import is_number, working_dtype
 from fisherfn.optim import damping as rules
@@ -36,6 +36,16 @@ class NaturalGradientState(NamedTuple):
     curvature: CurvatureState  # average and inverse; empty before the first batch
     damping: Tensor  # shape=(), dtype=float64: λ of the last step, or of the next if adapted
     velocity: Any  # tree like params, or None without momentum
+
+
+@unmixed
+def _lowest(stacked: Tensor, g: Tensor, exact: Tensor, shift: Any) -> tuple[Tensor, Tensor]:
+    """Return the combination of vectors where the model is lowest, and its value there."""
+    wide = working_dtype(stacked)
+    matrix = exact.to(wide) + shift * (stacked @ stacked.mT).to(wide)
+    slopes = (stacked @ g).to(wide)
+    c = quadratic.minimum(matrix, slopes)
+    return c.to(stacked.dtype) @ stacked, 0.5 * (c @ slopes)
 
 
 @dataclass(frozen=True)
@@ -198,12 +208,8 @@ class _Rule:
         caller, estimator = f"{self.stream.caller}.update", self.stream.estimator
         directions = [unravel(v) for v in vectors]
         exact = quadratic.products(caller, estimator, params, buffers, batch, directions)
-        wide = working_dtype(first)
-        matrix = exact.to(wide) + shift * (stacked @ stacked.mT).to(wide)
-        slopes = (stacked @ g).to(wide)
-        c = quadratic.minimum(matrix, slopes)
-        step = unravel(c.to(first.dtype) @ stacked)
-        return trees.map(lambda g, x: x.to(g.dtype), slope, step), 0.5 * (c @ slopes)
+        found, change = _lowest(stacked, g, exact, shift)
+        return trees.map(lambda g, x: x.to(g.dtype), slope, unravel(found)), change
 
     def _adapt(
         self,

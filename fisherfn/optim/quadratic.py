@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 
 from fisherfn.batch import Batch
 from fisherfn.core import trees
-from fisherfn.core.modes import transformed
+from fisherfn.core.modes import transformed, unmixed
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.common import widest
 from fisherfn.estimators import checks
@@ -115,6 +115,7 @@ def _pushed(
     return outputs, found
 
 
+@unmixed
 def inner(left: Sequence[Tree], right: Sequence[Tree]) -> Tensor:
     """Return the matrix of inner products of two lists of trees."""
     rows, columns = [torch.stack([_flat(t) for t in side]) for side in (left, right)]

@@ -16,7 +16,7 @@ from torch import Tensor
 from fisherfn.batch import Batch
 from fisherfn.core import random, trees
 from fisherfn.core.errors import OptionError, UnsupportedError
-from fisherfn.core.modes import concrete
+from fisherfn.core.modes import concrete, unmixed
 from fisherfn.core.trees import Tree
 from fisherfn.curvature import KFAC, Curvature, LowRank
 from fisherfn.curvature.common import is_number, working_dtype
@@ -227,6 +227,7 @@ def bounded(mean: Any, new: Curvature) -> Any:
     return mean
 
 
+@unmixed
 def _strongest(rows: Tensor, count: int) -> Tensor:
     """Return the best approximation of rowsᵀ rows, [R, m, n], by so many rows."""
     if rows.shape[-2] <= count:

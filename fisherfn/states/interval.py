@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fisherfn.core import random, trees
 from fisherfn.core.errors import DataError, OptionError, ShapeError
-from fisherfn.core.modes import concrete
+from fisherfn.core.modes import concrete, unmixed
 from fisherfn.core.trees import Tree
 from fisherfn.states.quantiles import normal_quantile, t_quantile
 from fisherfn.states.welford import WelfordState, effective_updates, entries, stderr
@@ -146,6 +146,7 @@ def _length(samples: Tree) -> int:
     return first
 
 
+@unmixed
 def _moments(samples: Tree, weights: Tensor) -> WelfordState:
     """Return the moments of stacked observations, in two passes."""
     count = weights.sum()
@@ -159,6 +160,7 @@ def _moments(samples: Tree, weights: Tensor) -> WelfordState:
     return WelfordState(count, (weights > 0).sum(), weights.square().sum(), mean, m2)
 
 
+@unmixed
 def _bootstrap(samples: Tree, weights: Tensor, p: float, key: Tensor, replicates: int) -> Interval:
     """Return the percentiles of the mean of resampled observations."""
     n = len(weights)

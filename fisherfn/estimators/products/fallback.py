@@ -14,7 +14,9 @@ _LOG = logging.getLogger(__name__)
 
 FORWARD = "forward mode"
 DOUBLE = "reverse mode twice"
-_SAYS = ("forward ad", "forward mode ad", "forward-mode ad", "jvp")
+# The last: under autocast torch's rules for norms give tangents of another dtype than the values. A
+# model with such a mistake of its own raises again where reverse mode runs it.
+_SAYS = ("forward ad", "forward mode ad", "forward-mode ad", "jvp", "to have the same dtype")
 
 
 def no_forward_mode(error: Exception, *, compose: bool = False) -> str:

@@ -13,7 +13,7 @@ from torch import Tensor
 from fisherfn.batch import Batch
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, TreeMismatchError, UnsupportedError
-from fisherfn.core.modes import version
+from fisherfn.core.modes import unmixed, version
 from fisherfn.estimators.products import fisher, parts
 from fisherfn.estimators.products.linear import Ready
 from fisherfn.estimators.products.plain import Chosen
@@ -67,6 +67,7 @@ class Linearized:
         name, select = self._product.name, self._product.options["select"]
         return Chosen.of(name, self._arguments[0], select).template
 
+    @unmixed
     def __call__(self, tangents: Any) -> Any:
         """Multiply by one vector.
 
@@ -87,6 +88,7 @@ class Linearized:
         vector = self._chosen.vectors(self._product.name, tangents)
         return self._chosen.restore(self._sum(lambda r: r.multiply(vector)))
 
+    @unmixed
     def block(self, tangents: Any, *, chunk_size: int | None = None) -> Any:
         """Multiply by K vectors at once.
 

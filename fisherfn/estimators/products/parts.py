@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.batch import Batch
-from fisherfn.capture.check import check_examples_apart
+from fisherfn.capture.check import check_examples_apart, coarsest
 from fisherfn.capture.plan import examples
 from fisherfn.core import trees
 from fisherfn.core.errors import DataError
@@ -293,5 +293,5 @@ def _check_apart(model: Any, params: Any, buffers: Any, inputs: Any) -> None:
         return
     with torch.no_grad(), Plain():
         first, second = (model(params, buffers, examples(inputs, n)) for n in _COUNTS)
-    check_examples_apart((first, second), _COUNTS)
+    check_examples_apart((first, second), _COUNTS, coarsest(*trees.leaves((params, first))))
     known.add(key)
