@@ -51,6 +51,7 @@ _DROPOUTS = (
     torch.dropout,
 )
 _NOISY = frozenset([*_DROPOUTS, F.batch_norm, _SDPA])
+_LOOKED_AT = _NOISY | {_MHA}
 _CONSTANTS = (torch.Tensor.detach, getter("data"))
 
 
@@ -115,6 +116,22 @@ class Tracker:
         # identity by id is safe only while the tensors live: keep them
         self.known: dict[int, tuple[int, View]] = {id(t): (i, ()) for i, t in enumerate(leaves)}
         self.alive: list[Any] = list(leaves)
+
+    def indifferent(self, function: Any, args: tuple[Any, ...], kwargs: Any) -> bool:
+        """Return True if it is plain at first sight that a call is of no interest.
+
+        Nine calls in ten are: no parameter is among their arguments, nor anything that may hold
+        one, and the function is none that is refused or rewritten.
+        """
+        if kwargs or function in _LOOKED_AT:
+            return False
+        known = self.known
+        for value in args:
+            if id(value) in known:
+                return False
+            if isinstance(value, (list, tuple, dict)) and type(value) is not torch.Size:
+                return False
+        return True
 
     def touched(self, args: Any, kwargs: Any) -> list[tuple[Tensor, int, View]]:
         """Return the parameters among the arguments of a call, with leaf and view."""

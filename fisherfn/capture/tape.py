@@ -70,6 +70,8 @@ class Tape(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Run one call, tapped if the plan says so."""
+        if self.tracker.indifferent(func, args, kwargs):
+            return func(*args)
         return self.call(func, *args, **(kwargs or {}))
 
     def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:

@@ -108,6 +108,11 @@ class Unfolded(Form):
         for part in self._parts(1):
             yield part.outer()
 
+    def pieces(self) -> Iterator[list[Outer]]:
+        """Yield, a few examples at a time, the outer forms of rows of the window."""
+        for part in self._parts(self._rows_of_window):
+            yield list(part._bands())
+
     def scores(self) -> Tensor:
         """Return the scores `[K, B, *shape]`."""
         with convolution_precision(self.g):

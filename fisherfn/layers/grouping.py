@@ -14,7 +14,7 @@ cheaper. Where a group depends on both, the diagonal is formed and summed.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fisherfn.core.modes import transformed
 from fisherfn.groups.spec import GroupSpec, sum_runs
 from fisherfn.layers.convolution import Unfolded
 from fisherfn.layers.form import Form
 from fisherfn.layers.leaf import LeafScores
 from fisherfn.layers.lookup import Lookup
-from fisherfn.layers.numerics import accumulate, blocks, in_place_allowed
+from fisherfn.layers.numerics import accumulate, blocks, convolution_precision, in_place_allowed
 from fisherfn.layers.outer import Outer
 from fisherfn.layers.views import (
     Permute,
@@ -73,7 +74,7 @@ def multiplications(scores: LeafScores, spec: GroupSpec) -> int:
     total = 0
     for form, view in scores.uses:
         if isinstance(form, Outer) and grouping(spec, view, form.shape).kind != "both":
-            total += _cost(form)[0]
+            total += _cost([form.a], form.g)[0]
         else:
             total += form.multiplications()
     return total
@@ -105,65 +106,111 @@ def _sums(form: Form, kind: str) -> Tensor | None:
             return values.sum((0, 1))
         values = values.sum(-1)
         return values.new_zeros(form.rows).index_add(0, form.index.reshape(-1), values.flatten())
+    pieces = _pieces(form, kind)
+    if pieces is not None:
+        total = None
+        with convolution_precision(form.sample()):
+            for bands in pieces:
+                total = accumulate(total, _summed([band.a for band in bands], bands[0].g, -1))
+        return total
     total, sums = None, row_sums if kind == "rows" else column_sums
     for block in form.outers() if isinstance(form, Unfolded) else (form,):
         total = accumulate(total, sums(block))
     return total
 
 
+def _pieces(form: Form, kind: str) -> Iterator[list[Outer]] | None:
+    """Return forms that share their cotangents and have a part of the inputs each, if there are."""
+    if isinstance(form, Unfolded) and kind == "rows" and not form.transposed:
+        return form.pieces()
+    return None
+
+
 def row_sums(form: Outer) -> Tensor:
     """Return the sums of squared scores over columns, examples and inputs, `[R, O]`."""
-    if form.positions == 1:
-        a2 = (form.a * form.a).sum(-1)[:, :, 0]
-        g2 = (form.g * form.g).sum(0)[:, :, 0]
-        return (a2.T.unsqueeze(1) @ g2.transpose(0, 1)).squeeze(1)
-    return _summed(form, -1)
+    return _summed([form.a], form.g, -1)
 
 
 def column_sums(form: Outer) -> Tensor:
     """Return the sums of squared scores over columns, examples and outputs, `[R, I]`."""
-    if form.positions == 1:
-        g2 = (form.g * form.g).sum((0, -1))[:, :, 0]
-        a2 = (form.a * form.a)[:, :, 0]
-        return (g2.T.unsqueeze(1) @ a2.transpose(0, 1)).squeeze(1)
-    return _summed(form, -2)
+    return _summed([form.a], form.g, -2)
 
 
-def _summed(form: Outer, axis: int) -> Tensor:
-    """Return squared scores `[R, O, I]` summed over an axis, a few examples at a time."""
-    total, (_, through_positions) = None, _cost(form)
-    if not through_positions:
-        for start, stop in blocks(form.batch, form.score_bytes, form.g):
-            s = form.part(start, stop).scores()
-            s = s.square_() if in_place_allowed() else s * s
-            s = s.sum((0, 1)) if s.shape[:2] != (1, 1) else s[0, 0]
-            total = accumulate(total, s.sum(axis))
+def _summed(parts: Sequence[Tensor], g: Tensor, axis: int) -> Tensor:
+    """Return squared scores `[R, O, I]` summed over an axis, a few examples at a time.
+
+    The inputs may come in parts `[B, R, T, *]`, side by side, if they are summed over.
+    """
+    if g.shape[-2] == 1:
+        return _of_single_positions(parts, g, axis)
+    total, (_, through_positions) = None, _cost(parts, g)
+    if through_positions:
+        kept = g if axis == -1 else parts[0]
+        each = len(g) * g.shape[-2] ** 2 * g.shape[2] + 2 * kept.numel() // g.shape[1]
     else:
-        kept = form.g if axis == -1 else form.a.unsqueeze(0)
-        each = form.columns * form.positions**2 * form.shape[0] + 2 * kept.numel() // form.batch
-        for start, stop in blocks(form.batch, each * kept.element_size(), kept):
-            a, g = form.a[start:stop].unsqueeze(0), form.g[:, start:stop]
-            total = accumulate(total, _quadratic(a, g) if axis == -1 else _quadratic(g, a))
+        each = len(g) * g.shape[-1] * max(a.shape[-1] for a in parts) * g.shape[2]
+    for start, stop in blocks(g.shape[1], each * g.element_size(), g):
+        some, own = [a[start:stop].unsqueeze(0) for a in parts], g[:, start:stop]
+        if not through_positions:
+            for a in some:
+                total = accumulate(total, _squares(own.mT @ a, axis))
+        elif axis == -1:
+            total = accumulate(total, _quadratic(some, own))
+        else:
+            total = accumulate(total, _quadratic([own], some[0]))
     assert total is not None
     return total
 
 
-def _quadratic(x: Tensor, y: Tensor) -> Tensor:
+def _of_single_positions(parts: Sequence[Tensor], g: Tensor, axis: int) -> Tensor:
+    if axis == -1:
+        a2 = _added([(a * a).sum(-1)[:, :, 0] for a in parts])
+        g2 = (g * g).sum(0)[:, :, 0]
+        return (a2.T.unsqueeze(1) @ g2.transpose(0, 1)).squeeze(1)
+    g2 = (g * g).sum((0, -1))[:, :, 0]
+    a2 = (parts[0] * parts[0])[:, :, 0]
+    return (g2.T.unsqueeze(1) @ a2.transpose(0, 1)).squeeze(1)
+
+
+def _added(terms: Sequence[Tensor]) -> Tensor:
+    total = terms[0]
+    for term in terms[1:]:
+        total = accumulate(total, term)
+    return total
+
+
+def _squares(s: Tensor, axis: int) -> Tensor:
+    """Return squares of `[K, B, R, O, I]`, which may be used up, summed over K, B and an axis."""
+    if not in_place_allowed():
+        return (s * s).sum((0, 1, axis))
+    if s.device.type != "cpu":
+        return torch.linalg.vector_norm(s, dim=(0, 1, axis)).square_()
+    s = s.square_()
+    s = s.sum((0, 1)) if s.shape[:2] != (1, 1) else s[0, 0]
+    return s.sum(axis)
+
+
+def _quadratic(x: Sequence[Tensor], y: Tensor) -> Tensor:
     """Return Σ y ⊙ (Σ_k x_k x_kᵀ) y over columns, examples and positions, `[R, size of y]`.
 
-    `x` and `y` are `[K, B, R, T, ...]`. The products are symmetric, so that of two halves of the
-    positions the mixed products are needed once.
+    `x` and `y` are `[K, B, R, T, ...]`, `x` maybe in parts. The products are symmetric, so that of
+    two halves of the positions the mixed products are needed once.
     """
-    t = x.shape[-2]
-    if t < _SPLIT:
+    t = y.shape[-2]
+    if not _splits(t, y):
         return _weighted(x, x, y, y)
     h = t // 2
-    x1, x2, y1, y2 = x[..., :h, :], x[..., h:, :], y[..., :h, :], y[..., h:, :]
+    x1, x2, y1, y2 = (
+        [p[..., :h, :] for p in x],
+        [p[..., h:, :] for p in x],
+        y[..., :h, :],
+        y[..., h:, :],
+    )
     return _quadratic(x1, y1) + _quadratic(x2, y2) + 2.0 * _weighted(x1, x2, y1, y2)
 
 
-def _weighted(x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor) -> Tensor:
-    products = x1 @ x2.transpose(-1, -2)
+def _weighted(x1: Sequence[Tensor], x2: Sequence[Tensor], y1: Tensor, y2: Tensor) -> Tensor:
+    products = _added([p @ q.mT for p, q in zip(x1, x2, strict=True)])
     mixed = (products.sum(0) if len(products) > 1 else products[0]) @ y2
     mixed = mixed.mul_(y1) if in_place_allowed() else mixed * y1
     if mixed.shape[2] == 1:  # one axis is added up faster than three
@@ -171,21 +218,26 @@ def _weighted(x1: Tensor, x2: Tensor, y1: Tensor, y2: Tensor) -> Tensor:
     return mixed.sum((0, 1, 3))
 
 
-def _pairs(t: int) -> int:
+def _splits(t: int, like: Tensor) -> bool:
+    """Return whether products of T positions are taken in halves; on a GPU calls cost more."""
+    return t >= _SPLIT and (like.device.type == "cpu" or transformed())
+
+
+def _pairs(t: int, like: Tensor) -> int:
     """Return the pairs of positions that `_quadratic` multiplies."""
-    if t < _SPLIT:
+    if not _splits(t, like):
         return t * t
     h = t // 2
-    return _pairs(h) + _pairs(t - h) + h * (t - h)
+    return _pairs(h, like) + _pairs(t - h, like) + h * (t - h)
 
 
-def _cost(form: Outer) -> tuple[int, bool]:
+def _cost(parts: Sequence[Tensor], g: Tensor) -> tuple[int, bool]:
     """Return the multiplications of the cheaper way, and whether that is through positions."""
-    k, b, t, (r, o, i) = form.columns, form.batch, form.positions, form.shape
+    (k, b, r, t, o), i = g.shape, sum(a.shape[-1] for a in parts)
     if t == 1:
         return b * r * (k * o + i), True
     # the products of inputs serve all K columns; so do the summed products of cotangents
-    products = _pairs(t) * (k * o + i)
+    products = _pairs(t, g) * (k * o + i)
     score = k * t * o * i
     return b * r * min(products, score), products <= score
 

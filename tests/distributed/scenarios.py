@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 import fisherfn as ff
+from fisherfn.core import trees
 from fisherfn.core.errors import FisherError
 
 GPU_BACKEND = "nccl"
@@ -21,13 +22,13 @@ KEY = ff.random.key(7)
 LIKELIHOOD = ff.likelihoods.categorical()
 
 
-def network(width: int = 5) -> tuple[Any, Any, Any]:
+def network(width: int = 5, place: torch.device | None = None) -> tuple[Any, Any, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = torch.nn.Sequential(
             torch.nn.Linear(4, width), torch.nn.Tanh(), torch.nn.Linear(width, 3)
         ).double()
-    return ff.functional(net.to(device()))
+    return ff.functional(net.to(place or device()))
 
 
 def device() -> torch.device:
@@ -36,17 +37,24 @@ def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu")
 
 
-def batches(sizes: tuple[int, ...] = (2, 3, 1, 4, 2)) -> list[ff.Batch]:
+def batches(
+    sizes: tuple[int, ...] = (2, 3, 1, 4, 2), place: torch.device | None = None
+) -> list[ff.Batch]:
+    place = place or device()
     x = ff.random.normal(ff.random.key(0), (sum(sizes), 4), torch.float64)
     y = torch.arange(sum(sizes)) % 3
-    pairs = zip(x.to(device()).split(sizes), y.to(device()).split(sizes), strict=True)
+    pairs = zip(x.to(place).split(sizes), y.to(place).split(sizes), strict=True)
     return [ff.Batch(a, b) for a, b in pairs]
 
 
 def estimators() -> dict[str, Any]:
     model, params, _ = network()
     groups = ff.groups.infer(params)
-    first = ff.ekfac(model, LIKELIHOOD, fisher="empirical")(*network()[1:], batches()[0])
+    # null spaces have many bases, so that of the CPU is taken everywhere
+    cpu = torch.device("cpu")
+    there, *at = network(place=cpu)
+    found = ff.ekfac(there, LIKELIHOOD, fisher="empirical")(*at, batches(place=cpu)[0])
+    first = trees.map(lambda t: t.to(device()), found)
     mc: dict[str, Any] = {"fisher": "mc"}
     return {
         "diagonal": ff.diagonal(model, LIKELIHOOD, **mc),

@@ -23,7 +23,8 @@ Ranks = dict[str, list[Any]]
 
 def started(world: int, backend: str, folder: Path) -> Ranks:
     """Run all scenarios in so many processes and return what each of them found."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    places = [str(ROOT), str(ROOT / "tests"), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(places)}
     processes = [
         subprocess.Popen(
             [sys.executable, scenarios.__file__ or "", str(rank), str(world), str(folder), backend],

@@ -60,7 +60,7 @@ def test_short_sequences(sizes: Sizes, seed: int) -> None:
 def test_long_sequences_both_ways(
     t: int, way: str, recorded: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouping, "_cost", lambda form: (0, way == "positions"))
+    monkeypatch.setattr(grouping, "_cost", lambda parts, g: (0, way == "positions"))
     with torch.set_grad_enabled(recorded):
         check(outer((2, 2, 2, t, 3, 2)))
         check(outer((1, 3, 1, t, 2, 3)))
@@ -86,7 +86,7 @@ def test_blocks_of_examples_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_cheaper_way_is_taken(sizes: Sizes, positions: bool) -> None:
     k, b, r, t, o, i = sizes
     form = Outer(torch.empty(b, r, t, i, device="meta"), torch.empty(k, b, r, t, o, device="meta"))
-    cost, chosen = grouping._cost(form)
+    cost, chosen = grouping._cost([form.a], form.g)
     assert chosen == positions
     assert cost <= form.multiplications() or t == 1
 
