@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fisherfn.core.errors import OptionError, UnsupportedError
+from fisherfn.core.errors import OptionError, TreeMismatchError, UnsupportedError
 from fisherfn.core.substitution import Substitution, turn
 
 #: A tree of tensors; for modules a flat dict from qualified name to tensor.
@@ -42,6 +42,7 @@ class FunctionalModel:
         accepts = inspect.signature(module.forward).parameters
         self._constants = {"use_cache": False} if "use_cache" in accepts else {}
         self._call = Substitution(module)
+        self._named = _tensors(module)
 
     def __call__(self, params: Params, buffers: Any, inputs: Any) -> Any:
         """Run the module's forward with these parameters and buffers."""
@@ -49,7 +50,7 @@ class FunctionalModel:
         self._check_forward_mode()
         args, kwargs = _arguments(inputs)
         kwargs = {**self._constants, **kwargs}
-        state = {**buffers, **params}
+        state = self._state(params, buffers)
         return _pick_output(self._call(state, args, kwargs), self.output)
 
     def _check_forward_mode(self) -> None:
@@ -64,6 +65,26 @@ class FunctionalModel:
     def __repr__(self) -> str:
         """Name the module's class."""
         return f"FunctionalModel({type(self.module).__name__})"
+
+    def _state(self, params: Any, buffers: Any) -> dict[str, Tensor]:
+        for what, tree in (("params", params), ("buffers", buffers)):
+            if not isinstance(tree, Mapping):
+                raise TreeMismatchError(
+                    f"functional: expected {what} to be a mapping from names to tensors, got "
+                    f"{type(tree).__name__}. Pass what functional() returned, or a dict like it."
+                )
+        state = {**buffers, **params}
+        if torch.compiler.is_dynamo_compiling() or state.keys() <= self._named.keys():
+            return state
+        self._named = _tensors(self.module)  # it may have grown since
+        for name in state:
+            if name not in self._named:
+                raise TreeMismatchError(
+                    "functional: expected names of parameters and buffers of "
+                    f"{type(self.module).__name__}, got '{name}'. Nothing would read it; names "
+                    f"look like '{next(iter(self._named), '')}'."
+                )
+        return state
 
     def _check_training(self) -> None:
         for name, module in self._suspects:
@@ -202,6 +223,13 @@ def _pick_output(out: Any, output: str | int | Callable[[Any], Any] | None) -> A
             f"functional: expected the model's result to have {output!r}, got "
             f"{type(out).__name__} with {', '.join(_names(out)) or 'no fields'}. Change output=."
         ) from error
+
+
+def _tensors(module: nn.Module) -> dict[str, None]:
+    """Return the names of parameters and buffers, all names of those that are tied."""
+    with turn(module):
+        named = dict.fromkeys([n for n, _ in module.named_parameters(remove_duplicate=False)])
+        return named | dict.fromkeys([n for n, _ in module.named_buffers(remove_duplicate=False)])
 
 
 def _names(out: Any) -> list[str]:

@@ -185,3 +185,23 @@ def assert_helpful(error: Exception, member: testing.Member) -> None:
     assert "got" in text, text
     assert text.rstrip().endswith("."), text
     assert text.count(". ") >= 1, text
+
+
+def test_names_that_the_module_does_not_have() -> None:
+    """Nothing would read such a parameter, and its Fisher information would look like zero."""
+    base = problem()
+    prefixed = {f"module.{name}": p for name, p in base.params.items()}
+    estimator = ff.diagonal(base.model, base.likelihood)
+    with pytest.raises(ff.TreeMismatchError, match=r"'module\.0\.weight'.*look like '0\.weight'"):
+        estimator(prefixed, base.buffers, base.batch)
+    with pytest.raises(ff.TreeMismatchError, match="buffers to be a mapping.*got NoneType"):
+        estimator(base.params, None, base.batch)
+    with pytest.raises(ff.TreeMismatchError, match="params to be a mapping.*got list"):
+        estimator(list(base.params.values()), base.buffers, base.batch)
+
+
+def test_a_module_that_has_grown_knows_its_new_names() -> None:
+    base = problem()
+    base.model.module.append(nn.Linear(C, C, dtype=torch.float64))
+    grown = {**base.params, **{f"3.{n}": p for n, p in base.model.module[3].named_parameters()}}
+    assert base.model(grown, base.buffers, base.batch.inputs).shape == (B, T, C)
