@@ -41,8 +41,13 @@ from benchmarks.oracle import Values
 from benchmarks.prepared import NotOffered
 from benchmarks.workloads import Workload
 
+DIAGONAL = "the exact diagonal where a layer is used twice"
 TOLERANCE = 1e-7  # relative; some libraries keep constants in float32
 STRUCTURES = ("kfac", "ekfac")
+LEGEND = """
+exact/empirical, where they differ; × what blocks are too large by; * some layers have no block;
+diagonal: of a layer that is used twice, exact; -: not offered
+"""
 FISHERS = ("exact", "empirical")
 READINGS = {
     "": Reading(),
@@ -137,7 +142,7 @@ def judged(
     text, verdict = _verdict(errors, ratios)
     notes = [reading] if reading else []
     if exact_diagonals:
-        notes.append("the exact diagonal where a layer is used twice")
+        notes.append(DIAGONAL)
     if covered and len(covered) < len(known):
         notes.append(f"{len(covered)} of {len(known)} layers")
     text += f" ({', '.join(notes)})" if notes else ""
@@ -256,6 +261,7 @@ def _quiet() -> Iterator[None]:
     try:
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            torch.manual_seed(0)
             yield
     finally:
         torch.set_default_dtype(before)
@@ -280,6 +286,40 @@ def table(findings: Sequence[Finding]) -> str:
                 f"  {'':12}because {x}" for x in dict.fromkeys(f.cause for f in had.values()) if x
             ]
     return "\n".join(lines)
+
+
+def summary(findings: Sequence[Finding]) -> str:
+    """Return a table of cases by libraries with a word for each kind of labels.
+
+    Two words are about all labels and about the observed ones; a ratio is what a result, or some of
+    its blocks, is too large by; with a star, some layers have no block.
+    """
+    libraries = list(dict.fromkeys(f.library for f in findings))
+    lines = []
+    for structure in dict.fromkeys(f.structure for f in findings):
+        mine = [f for f in findings if f.structure == structure]
+        rows = [[structure, *libraries]]
+        for case in dict.fromkeys(f.case for f in mine):
+            row = [case]
+            for library in libraries:
+                found = [f for f in mine if f.case == case and f.library == library]
+                words = [_word(f) for f in found if f.verdict != "not offered"]
+                row.append("/".join(dict.fromkeys(words)) or "-")
+            rows.append(row)
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        pairs = [zip(row, widths, strict=True) for row in rows]
+        lines += ["  ".join(c.ljust(w) for c, w in pair).rstrip() for pair in pairs]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _word(found: Finding) -> str:
+    if found.verdict != "off":
+        diagonal = found.verdict == "right" and DIAGONAL in found.text
+        some = "*" if found.layers[0] < found.layers[1] else ""
+        return "diagonal" if diagonal else found.verdict + some
+    ratios = sorted({float(f"{x:.2g}") for x in found.ratios.values()})
+    return "×" + ",".join(f"{x:g}" for x in ratios)
 
 
 def write(directory: Path, findings: Sequence[Finding]) -> Path:
@@ -322,6 +362,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for fisher in _fishers(name)
     ]
     print(table(findings))
+    print(LEGEND)
+    print(summary(findings))
     print(f"written: {write(asked.output, findings)}")
     return int(any(f.library == "fisherfn" and f.verdict != "right" for f in findings))
 

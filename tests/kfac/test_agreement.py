@@ -164,6 +164,16 @@ def test_another_reading_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.text == "right (weights in G alone)"
 
 
+def test_the_summary_has_a_word_for_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    off = asked(monkeypatch, changed(times(4.0, "G/0.")))
+    right = asked(monkeypatch, own, fisher="empirical")
+    own_row = agreement.ask(agreement_cases.build("mlp"), "fisherfn", "kfac", "exact")
+    text = agreement.summary([own_row, off, right])
+    assert text.split() == ["kfac", "fisherfn", "other", "mlp", "right", "×1,4/right"]
+    off.verdict = right.verdict = "not offered"
+    assert agreement.summary([off, right]).split()[-1] == "-"
+
+
 def test_draws_that_are_scaled_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agreement_draws, "REPEATS", 30)
     found = asked(monkeypatch, changed(times(0.25, "G/")), "mlp, four draws", fisher="mc")
