@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fisherfn.core import trees
 from fisherfn.core.errors import OptionError
+from fisherfn.core.modes import concrete
 from fisherfn.states import transform
 from fisherfn.states.transform import Transform, Weight
 
@@ -41,7 +41,8 @@ class EmaState(NamedTuple):
         )
 
     def __fisher_empty__(self) -> EmaState:
-        return trees.map(torch.zeros_like, self)
+        mean, zero = transform.nothing(self.mean), torch.zeros_like
+        return EmaState(mean, zero(self.weight), zero(self.updates))
 
 
 def ema(decay: float, *, dtype: torch.dtype | None = None) -> Transform:
@@ -92,6 +93,7 @@ def ema(decay: float, *, dtype: torch.dtype | None = None) -> Transform:
         )
 
     def update(new: Any, state: EmaState, weight: Weight = None) -> tuple[Any, EmaState]:
+        transform.check_state("ema.update", state, EmaState)
         cells, treedef = transform.flatten("ema.update", state.mean)
         news = transform.align("ema.update", state.mean, new, absent=True)
         w = transform.check_weight("ema.update", weight, 1.0, state.weight)
@@ -108,16 +110,19 @@ def ema(decay: float, *, dtype: torch.dtype | None = None) -> Transform:
             for cell, x, share in zip(cells, news, shares, strict=True)
         ]
         after = EmaState(treedef.unflatten(means), total, updates)
-        if all(here):
+        # only a weight may be 0
+        certain = weight is None or (concrete(total) and bool((total > 0).all()))
+        if all(here) and certain:
             return after.mean, after
         never = (total == 0).unbind()
         known = [
-            mean if present else transform.unknown_where(nothing, mean)
-            for mean, present, nothing in zip(means, here, never, strict=True)
+            transform.unknown_where(nothing, mean)
+            for mean, nothing in zip(means, never, strict=True)
         ]
         return treedef.unflatten(known), after
 
     def read(state: EmaState) -> Any:
+        transform.check_state("ema.read", state, EmaState)
         cells, treedef = transform.flatten("ema.read", state.mean)
         never = (state.weight == 0).unbind()
         known = [transform.unknown_where(n, cell) for n, cell in zip(never, cells, strict=True)]

@@ -114,18 +114,38 @@ def align(caller: str, like: Tree, new: Tree, *, absent: bool) -> list[Any | Non
 
 
 def empty(tree: Tree, dtype: torch.dtype | None) -> Tree:
-    """Return zeros for every cell, float32 or wider unless a dtype is given."""
+    """Return nothing for every cell, float32 or wider unless a dtype is given."""
+
+    def one(cell: Any) -> Any:
+        if is_cell(cell):
+            return cast(nothing(cell), dtype)
+        wide = dtype or torch.promote_types(cell.dtype, torch.float32)
+        return torch.zeros_like(cell, dtype=wide)
+
+    return optree.tree_map(one, tree, is_leaf=is_cell, namespace=trees.NAMESPACE)
+
+
+def nothing(tree: Tree) -> Tree:
+    """Return the average over nothing for every cell; a result keeps its bases."""
 
     def one(cell: Any) -> Any:
         if not is_cell(cell):
-            wide = dtype or torch.promote_types(cell.dtype, torch.float32)
-            return torch.zeros_like(cell, dtype=wide)
+            return torch.zeros_like(cell)
         try:
-            return cast(merging.empty_like(cell), dtype)
-        except UnsupportedError:  # an average over nothing, of what is no average over data
-            return cast(trees.zeros_like(cell), dtype)
+            return merging.empty_like(cell)
+        except UnsupportedError:  # of what is no average over data
+            return trees.zeros_like(cell)
 
     return optree.tree_map(one, tree, is_leaf=is_cell, namespace=trees.NAMESPACE)
+
+
+def check_state(caller: str, state: Any, kind: type[Any]) -> None:
+    """Raise unless a state is of the kind that a transform keeps."""
+    if not isinstance(state, kind):
+        raise TreeMismatchError(
+            f"{caller}: expected a {kind.__name__}, got {type(state).__name__}. Begin with "
+            "init(like), and pass on the state that update returned."
+        )
 
 
 def cast(cell: Any, dtype: torch.dtype | None) -> Any:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError
+from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
 from fisherfn.states import transform
 from fisherfn.states.blockwise import grow
@@ -58,7 +59,8 @@ class WelfordState(NamedTuple):
         )
 
     def __fisher_empty__(self) -> WelfordState:
-        return trees.map(torch.zeros_like, self)
+        zeros = trees.map(torch.zeros_like, self)
+        return zeros._replace(mean=transform.nothing(self.mean))
 
 
 def entries(tree: Any) -> Tree:
@@ -109,6 +111,7 @@ def welford(*, dtype: torch.dtype | None = None) -> Transform:
 
     def update(new: Any, state: WelfordState, weight: Weight = None) -> tuple[Any, WelfordState]:
         caller = "welford.update"
+        transform.check_state(caller, state, WelfordState)
         cells, treedef = transform.flatten(caller, state.mean)
         news = transform.align(caller, state.mean, new, absent=False)
         counts = [getattr(cell, "count", None) for cell in news]
@@ -132,9 +135,12 @@ def welford(*, dtype: torch.dtype | None = None) -> Transform:
             mean,
             treedef.unflatten(spreads),
         )
-        return mean, after
+        # only a weight may be 0
+        certain = weight is None or (concrete(count) and bool(count > 0))
+        return mean if certain else read(after), after
 
     def read(state: WelfordState) -> Any:
+        transform.check_state("welford.read", state, WelfordState)
         cells, treedef = transform.flatten("welford.read", state.mean)
         nothing = state.count == 0
         return treedef.unflatten([transform.unknown_where(nothing, cell) for cell in cells])

@@ -43,7 +43,8 @@ class WindowState(NamedTuple):
         return WindowState(tuple(joined), total, torch.maximum(self.updates, other.updates))
 
     def __fisher_empty__(self) -> WindowState:
-        return trees.map(torch.zeros_like, self)
+        zeros = trees.map(torch.zeros_like, self)
+        return zeros._replace(entries=transform.nothing(self.entries))
 
 
 def window(size: int, *, dtype: torch.dtype | None = None) -> Transform:
@@ -90,6 +91,7 @@ def window(size: int, *, dtype: torch.dtype | None = None) -> Transform:
         )
 
     def update(new: Any, state: WindowState, weight: Weight = None) -> tuple[Any, WindowState]:
+        transform.check_state("window.update", state, WindowState)
         cells, treedef = transform.flatten("window.update", state.entries[-1])
         news = transform.align("window.update", state.entries[-1], new, absent=False)
         w = transform.check_weight("window.update", weight, 1.0, state.weights)
@@ -107,9 +109,10 @@ def window(size: int, *, dtype: torch.dtype | None = None) -> Transform:
         return read(after), after
 
     def read(state: WindowState) -> Any:
+        transform.check_state("window.read", state, WindowState)
         total = torch.zeros_like(state.weights[0])
-        cells, treedef = transform.flatten("window.read", state.entries[0])
-        cells = [trees.map(torch.zeros_like, cell) for cell in cells]
+        first = transform.nothing(state.entries[0])
+        cells, treedef = transform.flatten("window.read", first)
         for entry, w in zip(state.entries, state.weights.unbind(), strict=True):
             total = total + w
             share = w / torch.where(total == 0, 1.0, total)

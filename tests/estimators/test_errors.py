@@ -194,14 +194,15 @@ def test_names_that_the_module_does_not_have() -> None:
     estimator = ff.diagonal(base.model, base.likelihood)
     with pytest.raises(ff.TreeMismatchError, match=r"'module\.0\.weight'.*look like '0\.weight'"):
         estimator(prefixed, base.buffers, base.batch)
-    with pytest.raises(ff.TreeMismatchError, match="buffers to be a mapping.*got NoneType"):
+    with pytest.raises(ff.TreeMismatchError, match=r"buffers to be a mapping.*got NoneType"):
         estimator(base.params, None, base.batch)
-    with pytest.raises(ff.TreeMismatchError, match="params to be a mapping.*got list"):
+    with pytest.raises(ff.TreeMismatchError, match=r"params to be a mapping.*got list"):
         estimator(list(base.params.values()), base.buffers, base.batch)
 
 
 def test_a_module_that_has_grown_knows_its_new_names() -> None:
     base = problem()
-    base.model.module.append(nn.Linear(C, C, dtype=torch.float64))
-    grown = {**base.params, **{f"3.{n}": p for n, p in base.model.module[3].named_parameters()}}
+    module: Any = getattr(base.model, "module")  # noqa: B009
+    module.append(nn.Linear(C, C, dtype=torch.float64))
+    grown = {**base.params, **{f"3.{n}": p for n, p in module[3].named_parameters()}}
     assert base.model(grown, base.buffers, base.batch.inputs).shape == (B, T, C)

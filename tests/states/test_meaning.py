@@ -86,6 +86,14 @@ def test_scales_in_one_basis_are_averaged_and_other_bases_refused() -> None:
         want = (0.25 * parts[0] + 0.5 * parts[1] + parts[2]) / 1.75
         torch.testing.assert_close(reading.scales[name], want)
         assert torch.equal(reading.output_basis[name], first.output_basis[name])
+    recent, _ = folded(window(2), members)
+    for name in recent.scales:
+        want = (members[1].scales[name] + members[2].scales[name]) / 2.0
+        torch.testing.assert_close(recent.scales[name], want)
+    for transform in (ema(0.5), welford(), window(2)):
+        state = folded(transform, members)[1]
+        joined = ff.merge(ff.empty_like(state), state)
+        torch.testing.assert_close(transform.read(joined).scales, transform.read(state).scales)
     own = ff.ekfac(model, LIKELIHOOD, fisher="empirical")
     state = ema(0.5).init(first)
     with pytest.raises(OptionError, match="in the same bases"):

@@ -146,3 +146,32 @@ def test_due_asks_for_a_state_of_every() -> None:
     with pytest.raises(OptionError, match=r"states.due: expected a state of every\(\), got int"):
         due(3)  # type: ignore[arg-type]
     assert isinstance(every(2, ema(0.5)).init(torch.ones(1)), EveryState)
+
+
+@pytest.mark.parametrize(
+    "transform", [ema(0.9), welford(), window(2)], ids=["ema", "welford", "window"]
+)
+def test_an_average_over_weight_zero_is_not_a_number(transform: Any) -> None:
+    state = transform.init(torch.ones(2))
+    for zero in (0.0, torch.tensor(0.0)):
+        reading, after = transform.update(torch.ones(2), state, zero)
+        assert bool(reading.isnan().all())
+        assert bool(transform.read(after).isnan().all())
+        assert torch.equal(transform.update(torch.ones(2), after, 2.0)[0], torch.ones(2))
+    run = torch.compile(
+        lambda x, state, w: transform.update(x, state, w)[0], fullgraph=True, backend="aot_eager"
+    )
+    assert bool(run(torch.ones(2), state, torch.tensor(0.0)).isnan().all())
+
+
+@pytest.mark.parametrize(
+    "transform", [ema(0.9), welford(), window(2)], ids=["ema", "welford", "window"]
+)
+def test_states_of_another_kind(transform: Any) -> None:
+    for state in (None, (1, 2), every(2, ema(0.5)).init(torch.ones(2))):
+        with pytest.raises(
+            TreeMismatchError, match=r"update: expected a \w+State, got .*init\(like"
+        ):
+            transform.update(torch.ones(2), state)
+        with pytest.raises(TreeMismatchError, match=r"read: expected a \w+State, got "):
+            transform.read(state)
