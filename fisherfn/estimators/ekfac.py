@@ -55,7 +55,7 @@ class Scales(KroneckerStatistic):
                 left,
                 right,
                 thin=(b.output_form == "rows", b.input_form == "rows"),
-                bias=place.joint,
+                bias=place.biased,
                 factor=place.factor,
                 parts=place.parts,
             )

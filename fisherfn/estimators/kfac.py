@@ -42,7 +42,8 @@ class Factors(KroneckerStatistic):
         self._outputs: dict[str, Tensor] = {}
         self._weights = Weights()
         self._fresh = False
-        self._shared: dict[Any, tuple[Tensor, Moments]] = {}
+        # with the inputs, whose memory nobody else can get meanwhile
+        self._shared: dict[Any, tuple[Tensor | None, Moments]] = {}
 
     def observe(self, observed: Observed) -> None:
         """Learn which rows exist, and that the inputs of a chunk are still to be looked at."""
@@ -76,21 +77,32 @@ class Factors(KroneckerStatistic):
     def _moments(self, place: Place, form: Form) -> Moments:
         """Return the moments of the inputs; layers that read one tensor share them."""
         keep = place.block.input_form == "rows"
-        source, kind, key = None, None, None
-        if isinstance(form, Outer):
-            source = form.a
-        elif isinstance(form, Unfolded):
-            source, kind = form.x, form.geometry
-        if source is not None and concrete(source):
-            key = (source.data_ptr(), source.shape, source.stride(), kind, place.joint, keep)
-            if key in self._shared:
-                return self._shared[key][1]
+        source = _input(form)
+        keys = [] if source is None else self._input_keys(place, form, source)
+        for key in keys:
+            if (key, place.biased, keep) in self._shared:
+                return self._shared[key, place.biased, keep][1]
         found = input_moments(
-            form, self._weights, reduce=self.settings.reduce, bias=place.joint, keep_rows=keep
+            form, self._weights, reduce=self.settings.reduce, bias=place.biased, keep_rows=keep
         )
-        if key is not None and source is not None:
-            self._shared[key] = source, found
+        for key in keys:
+            self._shared[key, place.biased, keep] = source, found
         return found
+
+    def _input_keys(self, place: Place, form: Form, source: Tensor) -> list[Any]:
+        """Return what is equal for equal inputs while this chunk is looked at, as far as is seen.
+
+        That is the tensor that the layer was called with; and, since another may look at the same
+        memory, its place there.
+        """
+        leaf, number = place.members[0]
+        role = self.roles.weights[leaf][number]
+        mark = self._sources[role.tap]
+        keys: list[Any] = [] if mark is None else [(mark, role.reading)]
+        if concrete(source):
+            kind = form.geometry if isinstance(form, Unfolded) else None
+            keys.append((source.data_ptr(), source.shape, source.stride(), kind))
+        return keys
 
     def result(self, frame: Frame) -> KFAC:
         """Return the factors, averaged."""
@@ -104,7 +116,7 @@ class Factors(KroneckerStatistic):
             # layers that read one tensor have one factor, which is decomposed once
             if id(moments) not in averages:
                 averages[id(moments)] = _averaged(moments, b.input_form)
-            known = (id(moments), place.factor, place.joint, b.groups)
+            known = (id(moments), place.factor, place.biased, b.groups)
             if known not in finished:
                 finished[known] = _finished(averages[id(moments)], place)
             A = finished[known]
@@ -152,6 +164,13 @@ def _restricted(G: Tensor, b: Block, beside: Beside) -> Tensor:
     return rows if beside.block.output_form == "rows" else rows.mT @ rows
 
 
+def _input(form: Form) -> Tensor | None:
+    """Return what the rows of the inputs are made of, but for those of a table."""
+    if isinstance(form, Outer):
+        return form.a
+    return form.x if isinstance(form, Unfolded) else None
+
+
 def _ones(leaf: Tensor) -> Tensor:
     return torch.ones_like(leaf, dtype=torch.promote_types(leaf.dtype, torch.float32))
 
@@ -174,7 +193,7 @@ def _finished(A: Tensor, place: Place) -> Tensor:
     c, b = place.factor, place.block
     if c != 1:
         factors = A.new_full((A.shape[-1],), c)
-        if place.joint:
+        if place.biased:
             factors = torch.cat([factors[:-1], torch.ones_like(factors[:1])])
         A = A * (factors if b.input_form == "rows" else factors[:, None] * factors)
     if A.shape[0] not in (1, b.groups):
@@ -232,7 +251,7 @@ def kfac(
         OptionError: an option does not exist, or the combination makes no sense.
 
     Cost: that of `diagonal`, with products of the inputs and of the cotangents with themselves in
-    place of those with each other.
+    place of those with each other; layers that share a block bring the products of all cotangents.
 
     Reference: Martens & Grosse (2015), Optimizing neural networks with Kronecker-factored
     approximate curvature; Grosse & Martens (2016) for convolutions; Eschenhagen et al. (2023),

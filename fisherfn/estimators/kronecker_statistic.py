@@ -45,7 +45,7 @@ class Place:
     factor: float
 
     @property
-    def joint(self) -> bool:
+    def biased(self) -> bool:
         """Whether the inputs get a column of ones, for the bias."""
         return self.block.bias is not None
 

@@ -13,6 +13,7 @@ from kfac.loops import Case
 from torch import Tensor, nn
 
 import fisherfn as ff
+from fisherfn.estimators import kfac
 from fisherfn.testing import assert_close
 
 # Embeddings: what is read at a position is an observation of its own under either approximation.
@@ -320,6 +321,39 @@ def test_layers_that_read_one_tensor_share_a_factor_and_its_decomposition() -> N
     assert F.inputs["a.weight"] is F.inputs["b.weight"]
     E = F.eigh()
     assert E.input_basis["a.weight"].data_ptr() == E.input_basis["b.weight"].data_ptr()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_one_input_is_multiplied_once_also_where_values_are_hidden(
+    dtype: torch.dtype, monkeypatch: Any
+) -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+            self.c = nn.Linear(4, 3, bias=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = torch.sin(x)
+            return self.a(h) * self.b(h) + self.c(h)
+
+    asked = []
+    true = kfac.input_moments
+
+    def input_moments(form: Any, *args: Any, **options: Any) -> Any:
+        asked.append(options["bias"])
+        return true(form, *args, **options)
+
+    monkeypatch.setattr(kfac, "input_moments", input_moments)
+    model, params, buffers = ff.functional(loops.seeded(Three).to(dtype))
+    batch = ff.Batch(loops.normal(1, 5, 4).to(dtype))
+    fim = ff.kfac(model, ff.likelihoods.categorical())
+    want = fim(params, buffers, batch)
+    assert sorted(asked) == [False, True]
+    many = {name: torch.stack([p, p]) for name, p in params.items()}
+    got = torch.vmap(lambda p: fim(p, buffers, batch).inputs["b.weight"])(many)
+    assert sorted(asked) == [False, False, True, True]
+    torch.testing.assert_close(got[1], want.inputs["b.weight"])
 
 
 def test_a_constant_factor_of_a_weight_scales_its_block() -> None:
