@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.capture.engines import needs_composition
+from fisherfn.capture.plain import PlainAttention
 from fisherfn.core import trees
 from fisherfn.core.modes import transformed
 
@@ -55,7 +56,8 @@ def scores(
     # columns first within an example: [B, K, 1, ...]
     moved = trees.map(lambda c: c.transpose(0, 1).unsqueeze(2), cotangents)
     if not looped:
-        found = torch.func.vmap(example)(inputs, moved)
+        with PlainAttention():
+            found = torch.func.vmap(example)(inputs, moved)
         return [t.transpose(0, 1) for t in found]
     batch, columns = trees.leaves(moved)[0].shape[:2]
     composed = transformed() or needs_composition(params, buffers, inputs)

@@ -133,6 +133,21 @@ def _grouped_query() -> Built:
     return Built(net.double(), normal(B, T, E))
 
 
+def _query_by_einsum() -> Built:
+    """A parameter that no rule serves, in front of fused attention."""
+
+    def heads(h: Tensor) -> Tensor:
+        return h.unflatten(-1, (H, -1)).transpose(1, 2)
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v = heads(torch.einsum("bte,fe->btf", x, m.q)), heads(m.k(x)), heads(x)
+        h = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return m.head(h.transpose(1, 2).flatten(2))
+
+    net = Net(forward, q=normal(E, E, seed=12), k=nn.Linear(E, E), head=nn.Linear(E, 3))
+    return Built(net.double(), normal(B, T, E))
+
+
 ALL = table(
     Case("mha", lambda: _self()),
     Case("mha_time_first", lambda: _self(batch_first=False)),
@@ -146,6 +161,7 @@ ALL = table(
     Case("mha_key_padding", lambda: _self(padding=_padding())),
     Case("mha_key_padding_time_first", lambda: _self(batch_first=False, padding=_padding())),
     Case("mha_both_masks", lambda: _self(mask=_causal(T), padding=_padding(), need_weights=True)),
+    Case("query_by_einsum", _query_by_einsum, general=("q",)),
     Case("mha_bias_kv", lambda: _self(add_bias_kv=True)),
     Case("mha_zero_attn", lambda: _self(add_zero_attn=True)),
     Case("mha_cross_packed", lambda: _cross()),

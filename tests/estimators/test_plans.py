@@ -17,7 +17,19 @@ import fisherfn as ff
 import oracles
 from cases import normal
 from cases.single import case, diagonal, part, right_or_refused, two, want, x
+from fisherfn.capture.planning import plan_for
 from fisherfn.testing import assert_close
+
+# ---- the general path ----------------------------------------------------------------------------
+
+
+def test_attention_on_the_general_path_is_batched() -> None:
+    """Fused attention has no batching rule: torch would warn, and go example by example."""
+    s = cases.ATTENTION["query_by_einsum"].setup()
+    plan = plan_for(s.model, s.params, s.buffers, s.batch.inputs, afresh=True)
+    assert list(plan.general) == [list(s.params).index("q")]
+    assert not plan.looped
+
 
 # ---- plans that do not fit -----------------------------------------------------------------------
 

@@ -17,21 +17,19 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.overrides import TorchFunctionMode
 
-from fisherfn.capture.sites import is_attention, refuse_noise, rewritten
+from fisherfn.capture.plain import PlainAttention
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, TreeMismatchError
 from fisherfn.estimators.products.lookups import REWRITTEN
 from fisherfn.estimators.products.norms import ALWAYS, COMPOSED
-from fisherfn.layers import attention
 
 #: Tensors in, tensors out: what is differentiated.
 Function: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 Select: TypeAlias = "str | Callable[[str, Tensor], bool] | None"
 
 
-class Plain(TorchFunctionMode):
+class Plain(PlainAttention):
     """Runs a model with plain attention, without randomness.
 
     Attributes:
@@ -43,20 +41,8 @@ class Plain(TorchFunctionMode):
         super().__init__()
         self.rewritten = REWRITTEN | ALWAYS | (COMPOSED if compose else {})
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run one call, or what takes its place."""
-        return self.call(func, *args, **(kwargs or {}))
-
-    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run one call, or what takes its place."""
-        arguments = rewritten(function, args, kwargs)
-        if arguments is not None:
-            return attention.multi_head_attention(self.call, arguments)
-        if is_attention(function):
-            return attention.plain_attention(*args, **kwargs)
-        refuse_noise(function, args, kwargs)
+    def other(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a call that is not attention, or what takes its place."""
         function = self.rewritten.get(function, function)
         if not torch.is_grad_enabled() and forward_ad._is_fwd_grad_enabled():
             # no_grad does not reach the forward mode; without this J and its transpose would differ
