@@ -32,7 +32,7 @@ from benchmarks import definitions, oracle
 from benchmarks.product_peers import NOT_OFFERED, PRODUCT_PEERS, ProductPeer, attempt
 from benchmarks.quantities import labels_used
 from benchmarks.timing import interleaved, seconds
-from benchmarks.workloads import Workload, build
+from benchmarks.workloads import Workload, build, train
 
 BLOCK = 8
 CHECKED = 2  # vectors of a block that are compared with the definition
@@ -47,7 +47,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     torch.set_num_threads(asked.threads)
     found, wrong = {}, 0
     for problem in asked.problem:
-        rows = Measured(build(problem, asked.device), asked).rows()
+        workload = build(problem, asked.device)
+        train(workload, asked.training)
+        rows = Measured(workload, asked).rows()
         found[problem] = rows
         print(f"{problem}: one gradient takes {1e3 * rows['gradient']['seconds']:.1f} ms")
         for name, row in rows.items():
@@ -230,6 +232,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--problem", nargs="+", default=["mlp", "cnn", "gpt"], help="of benchmarks/workloads.py")
     add("--device", default="cpu", help="cpu or cuda")
     add("--compile", action="store_true", help="measure under torch.compile(fullgraph=True) too")
+    add("--training", type=int, default=0, help="steps of training before")
     add("--no-peers", dest="peers", action="store_false", help="measure this library only")
     add("--repeats", type=int, default=9, help="rounds of timing")
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")

@@ -1,6 +1,8 @@
 """Traces, spectra and solves without the matrix: what they reach, and for how many products.
 
     python benchmarks/spectra.py                       MLP and GPT, at the start and after training
+    python benchmarks/spectra.py --truth               small models, beside their dense matrices
+    python benchmarks/spectra.py --peers               other libraries' eigenvalues and traces
     python benchmarks/spectra.py --problem smollm2     a language model of 135 million parameters
 
 Each number stands beside the truth where that can be had: the exact trace, the exact spectrum
@@ -11,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,12 +25,14 @@ import torch
 from torch import Tensor
 
 import fisherfn as ff
-from benchmarks.timing import interleaved, seconds
-from benchmarks.workloads import Workload, build
+from benchmarks import report, spectra_language, spectra_peers, spectra_truth
+from benchmarks.solves import PRECONDITIONERS
+from benchmarks.spectra_language import PARTS, show
+from benchmarks.timing import interleaved
+from benchmarks.workloads import SMALL_PROBLEMS, Workload, build, train
 
 PRODUCTS = 30
 LANCZOS_PRODUCTS = 40
-PARTS = ["trace", "probes", "eigenvalues", "solve"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -37,29 +40,38 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked = _parser().parse_args(arguments)
     torch.set_num_threads(asked.threads)
     found: dict[str, Any] = {}
-    for problem in asked.problem:
-        if problem == "smollm2":
-            found[problem] = language_model(asked)
-            continue
-        workload = build(problem, asked.device)
-        found[problem] = {}
-        for steps in (0, asked.training):
-            train(workload, steps)
-            name = f"after {steps} steps of training"
-            found[problem][name] = measure(workload, asked)
-            show(f"{problem}, {name}", found[problem][name])
+    for problem in asked.problem or _problems(asked):
+        found[problem] = _ask(problem, asked)
     if asked.output is not None:
-        asked.output.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+        content = {**report.environment(torch.device(asked.device)), "found": found}
+        asked.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
 
 
-def train(workload: Workload, steps: int, rate: float = 1e-3) -> None:
-    """Fit the batch with Adam."""
-    optimizer = torch.optim.Adam(workload.module.parameters(), lr=rate)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        workload.loss(workload.module).backward()
-        optimizer.step()
+def _problems(asked: argparse.Namespace) -> Sequence[str]:
+    if asked.truth:
+        return SMALL_PROBLEMS
+    return spectra_peers.PROBLEMS if asked.peers else ("mlp", "gpt")
+
+
+def _ask(problem: str, asked: argparse.Namespace) -> Any:
+    if asked.truth:
+        rows = spectra_truth.against_dense(build(problem, asked.device), asked.seed)
+        print(spectra_truth.table(problem, rows), flush=True)
+        return rows
+    if asked.peers:
+        rows = spectra_peers.beside_peers(problem, asked.device, asked.seed)
+        print(spectra_truth.table(problem, rows), flush=True)
+        return rows
+    if problem == "smollm2":
+        return spectra_language.language_model(asked)
+    workload, found = build(problem, asked.device), {}
+    for steps in (0, asked.training):
+        train(workload, steps)
+        name = f"after {steps} steps of training"
+        found[name] = measure(workload, asked)
+        show(f"{problem}, {name}", found[name])
+    return found
 
 
 def measure(workload: Workload, asked: argparse.Namespace) -> dict[str, Any]:
@@ -127,109 +139,27 @@ def _costs(
     return {name: timing.median / unit for name, timing in timings.items()}
 
 
-def language_model(asked: argparse.Namespace) -> dict[str, Any]:
-    """Do a trace, five eigenvalues and a solve on SmolLM2-135M, 2 sequences of 128 tokens."""
-    from transformers import AutoModelForCausalLM
-
-    from fisherfn.app.packaged import packaged_model
-
-    directory, _ = packaged_model()
-    module = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).eval()
-    module.config.use_cache = False
-    model, params, buffers = ff.functional(module)
-    key = ff.random.key(asked.seed)
-    ids = ff.random.categorical(
-        ff.random.split(key, 2 * 128), torch.ones(module.config.vocab_size)
-    ).reshape(2, 128)
-    given = (params, buffers, ff.causal_batch(ids))
-    lik, device = ff.likelihoods.categorical(), torch.device(asked.device)
-    found: dict[str, Any] = {"parameters": ff.tree.size(params)}
-
-    def timed(name: str, run: Callable[[], Any], tell: Callable[[Any], dict[str, Any]]) -> Any:
-        kept: list[Any] = []
-        taken = seconds(lambda: kept.append(run()), device)
-        gigabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        found[name] = {**tell(kept[0]), "seconds": taken, "GiB so far": gigabytes}
-        show(name, found[name], 2)
-        return kept[0]
-
-    def estimate(e: Any) -> dict[str, Any]:
-        return {"value": float(e.value), "stderr": float(e.stderr)}
-
-    if "trace" in asked.parts:
-        estimator = ff.trace(model, lik, fisher="mc", num_samples=4)
-        timed("trace, 4 draws of labels", lambda: estimator(*given, key=key), estimate)
-    F = timed("linearised", lambda: ff.linearized(model, lik)(*given), lambda F: {})
-    if "probes" in asked.parts:
-        timed(
-            "trace, random vectors",
-            lambda: ff.linalg.hutchinson(F, params, num_matvecs=asked.steps, key=key),
-            lambda e: {**estimate(e), "products": e.matvecs},
-        )
-    if "eigenvalues" in asked.parts:
-        timed(
-            "five largest eigenvalues",
-            lambda: ff.linalg.lanczos(
-                F,
-                params,
-                k=5,
-                key=key,
-                max_basis=9,
-                max_steps=asked.steps,
-                tolerance=1e-2,
-                verify=0,
-            ),
-            lambda e: {
-                "eigenvalues": e.eigenvalues.tolist(),
-                "residuals": e.residuals.tolist(),
-                "converged": bool(e.converged),
-                "products": int(e.steps),
-            },
-        )
-    if "solve" in asked.parts:
-        b = ff.tree.random_like(key, params)
-        damping = 1e-3 * float(largest_scale(F, b))
-        timed(
-            "solve",
-            lambda: ff.linalg.cg(F, b, damping=damping, tolerance=1e-2, max_steps=asked.steps),
-            lambda e: {
-                "reason": e.reason,
-                "steps": int(e.steps),
-                "residual": float(e.residual),
-                "damping": damping,
-            },
-        )
-    return found
-
-
-def largest_scale(F: Callable[[Any], Any], v: Any) -> Tensor:
-    """Return ‖F v‖² / vᵀ F v, towards the largest eigenvalue: what damping is measured by."""
-    product = F(v)
-    return ff.tree.norm(product) ** 2 / ff.tree.dot(v, product)
-
-
-def show(title: str, found: Any, indent: int = 0) -> None:
-    """Print nested results."""
-    print(" " * indent + title + ":")
-    for name, value in found.items():
-        if isinstance(value, dict):
-            show(name, value, indent + 2)
-        else:
-            numbers = value if isinstance(value, list) else [value]
-            texts = [f"{v:.4g}" if isinstance(v, float) else str(v) for v in numbers]
-            print(" " * (indent + 2) + f"{name}: {', '.join(texts)}", flush=True)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--problem", nargs="+", default=["mlp", "gpt"])
+    parser.add_argument("--problem", nargs="+", help="default: those of what is asked")
+    parser.add_argument("--truth", action="store_true", help="compare with dense matrices")
+    parser.add_argument("--peers", action="store_true", help="compare with other libraries")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--training", type=int, default=100, help="steps of training")
+    parser.add_argument("--training", type=int, default=100, help="steps, for the default")
     parser.add_argument("--parts", nargs="+", default=PARTS, help="of the language model")
     parser.add_argument("--steps", type=int, default=25, help="products for the language model")
+    parser.add_argument("--solve-steps", type=int, default=60, help="products of each solve")
+    parser.add_argument("--damping", type=float, default=1e-2, help="share of the top eigenvalue")
+    parser.add_argument(
+        "--preconditioners",
+        nargs="+",
+        choices=PRECONDITIONERS,
+        default=["plain", "eigenpairs"],
+        help="of the language model's solve",
+    )
     parser.add_argument("--output", type=Path, help="a JSON file to write")
     return parser
 

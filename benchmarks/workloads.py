@@ -163,7 +163,7 @@ BUILDERS: dict[str, Callable[[str, str], Workload]] = {
     "small_mlp": lambda name, device: _vectors(name, device, (16, 24, 24, 5), 32),
     "small_cnn": _small_images,
     "small_gpt": lambda name, device: _gpt(
-        name, device, vocabulary=20, length=8, batch=8, width=12, layers=1, heads=2
+        name, device, vocabulary=20, length=6, batch=8, width=8, layers=1, heads=2
     ),
     "mlp": lambda name, device: _vectors(name, device, (784, 512, 512, 10), 256),
     "cnn": lambda name, device: _images(name, device, models.cnn_3c3d(), 64),
@@ -183,3 +183,12 @@ def build(name: str, device: str, seed: int = 0) -> Workload:
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         return BUILDERS[name](name, device)
+
+
+def train(workload: Workload, steps: int, rate: float = 1e-3) -> None:
+    """Fit the batch with Adam."""
+    optimizer = torch.optim.Adam(workload.module.parameters(), lr=rate)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        workload.loss(workload.module).backward()
+        optimizer.step()

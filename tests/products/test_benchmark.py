@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fisherfn as ff
 from benchmarks import definitions, oracle, product_peers, products
-from benchmarks.prepared import NotOffered
+from benchmarks.peers import NotOffered
 from benchmarks.workloads import Workload, build
 from fisherfn.testing import assert_close
 
