@@ -88,12 +88,13 @@ class Counted:
     @cached_property
     def root_weights(self) -> Tensor:
         """`√(w/N)` of each unit; 0 where nothing counts."""
-        total = self.total.to(self.weights.dtype)
-        if concrete(self.weights, total):  # bad values have been raised for
-            return (self.weights / total).sqrt()
-        # bad weights, or nothing to count, must not look like a result
-        fine = (self.weights >= 0).all() & (total > 0)
-        return (self.weights / torch.where(fine, total, float("nan"))).sqrt()
+        total = self.total
+        if not concrete(self.weights, total):
+            # bad weights, or nothing to count, must not look like a result
+            fine = (self.weights >= 0).all() & (total > 0)
+            total = torch.where(fine, total, float("nan"))
+        # in the dtype of the total, which may be beyond the range of that of the weights
+        return (self.weights.to(total.dtype) / total).sqrt().to(self.weights.dtype)
 
 
 def _all(

@@ -240,6 +240,16 @@ def test_ignore_makes_the_mask() -> None:
     assert_close(got.values, tree(oracles.diagonal(problem, "empirical")))
 
 
+@pytest.mark.parametrize("size", [1e-38, 1e38])
+def test_only_ratios_of_weights_count(size: float) -> None:
+    """Also where their sum is beyond the range of their dtype."""
+    s = Case("scales", lambda: cases.Built(nn.Linear(3, 2), normal(6, 3).float())).setup()
+    fim = ff.diagonal(s.model, s.likelihood)
+    got = fim(s.params, s.buffers, dataclasses.replace(s.batch, weights=torch.full((6,), size)))
+    want = fim(s.params, s.buffers, s.batch)
+    torch.testing.assert_close(got.values, want.values)
+
+
 def test_class_weights_are_weights_of_targets() -> None:
     s = Case("class_weights", lambda: cases.Built(nn.Linear(3, 3).double(), normal(5, 3))).setup()
     class_weight = torch.tensor([0.5, 1.0, 4.0], dtype=torch.float64)
