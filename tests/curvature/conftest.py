@@ -242,9 +242,9 @@ def kronecker_block(path: str, shapes: dict[str, tuple[int, ...]]) -> Block:
 
 def joint_block(paths: list[str], shapes: dict[str, tuple[int, ...]]) -> Block:
     """One block of several matrices, the last one first."""
-    layers = []
+    layers, width = [], shapes[paths[0]][1]
     for path in reversed(paths):
-        rows, width = shapes[path]
+        rows = shapes[path][0]
         layers.append(
             Layer(Piece(path, (("reshape", (rows, width), (1, rows, width)),)), None, rows)
         )
