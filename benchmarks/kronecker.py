@@ -27,7 +27,7 @@ from benchmarks.oracle import Values
 from benchmarks.timing import interleaved
 from benchmarks.workloads import BUILDERS, Workload, build
 
-LAYERS = (nn.Linear, nn.Conv2d, nn.Embedding)
+LAYERS = ("Linear", "Conv2d", "Embedding", "Conv1D")  # the last is Hugging Face's transposed linear
 
 
 def factors(workload: Workload, targets: Tensor | None) -> Values:
@@ -130,7 +130,7 @@ def _scores(
 
 def _layers(module: nn.Module) -> dict[str, nn.Module]:
     """Return the layers with a weight that no other layer has."""
-    found = {name: m for name, m in module.named_modules() if isinstance(m, LAYERS)}
+    found = {name: m for name, m in module.named_modules() if type(m).__name__ in LAYERS}
     weights = [m.weight for m in found.values()]
     return {n: m for n, m in found.items() if sum(m.weight is w for w in weights) == 1}
 

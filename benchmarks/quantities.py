@@ -28,12 +28,14 @@ class Quantity:
         oracle: The definition, for given targets.
         values: Reads a result as values that can be compared.
         random: Whether it draws labels, and so needs a key.
+        based: Whether it is timed in the basis of an earlier result of its own.
     """
 
     make: Callable[..., Any]
     oracle: Callable[[Workload, Tensor], Values]
     values: Callable[[Any], Values]
     random: bool = False
+    based: bool = False
 
     def reason_to_skip(self, workload: Workload) -> str | None:
         """Say why this workload is not asked for the quantity, if it is not."""
@@ -51,7 +53,7 @@ def _diagonal(fisher: str) -> Callable[..., Any]:
 
 
 def _kronecker(make: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda model, likelihood: make(model, likelihood, fisher="mc")
+    return lambda model, likelihood, **options: make(model, likelihood, fisher="mc", **options)
 
 
 def _moments(result: Any) -> Values:
@@ -101,6 +103,9 @@ QUANTITIES = {
     "gradient_moments": Quantity(ff.gradient_moments, oracle.moments, _moments),
     "kfac/mc": Quantity(_kronecker(ff.kfac), kronecker.factors, kronecker.factor_values, True),
     "ekfac/mc": Quantity(_kronecker(ff.ekfac), kronecker.traces, kronecker.trace_values, True),
+    "ekfac scales/mc": Quantity(
+        _kronecker(ff.ekfac), kronecker.traces, kronecker.trace_values, True, based=True
+    ),
 }
 
 
@@ -140,13 +145,16 @@ def labels_used(workload: Workload, quantity: str) -> Tensor:
 
 def _estimate(workload: Workload, quantity: Quantity, compiled: bool) -> Callable[[], Any]:
     model, params, buffers = ff.functional(workload.module)
+    keywords = {"key": _key(workload)} if quantity.random else {}
     estimator = quantity.make(model, ff.likelihoods.categorical())
+    if quantity.based:
+        first = estimator(params, buffers, workload.batch, **keywords)
+        estimator = quantity.make(model, ff.likelihoods.categorical(), basis=first)
     if compiled:
         import torch._dynamo
 
         torch._dynamo.config.recompile_limit = 64  # all callable objects count as one function
         estimator = torch.compile(estimator, fullgraph=True)
-    keywords = {"key": _key(workload)} if quantity.random else {}
     return lambda: estimator(params, buffers, workload.batch, **keywords)
 
 
