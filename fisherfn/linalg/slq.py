@@ -19,6 +19,9 @@ from fisherfn.linalg.probes import Probes, check_probes
 from fisherfn.linalg.results import Estimate
 from fisherfn.linalg.space import Basis, Block, Operator, Space, check_count, check_key, choose
 
+# Products with each random vector, where nothing is said.
+_STEPS = 30
+
 
 @dataclass(frozen=True, eq=False)
 class Density:
@@ -94,7 +97,7 @@ def density(
     like: Tree,
     *,
     num_probes: int = 10,
-    num_steps: int = 30,
+    num_steps: int | None = None,
     key: Tensor,
     probes: str = "rademacher",
 ) -> Density:
@@ -107,9 +110,9 @@ def density(
         mv: Function tree -> tree, v to A v, symmetric.
         like: Tree like v; only shapes, dtypes and devices matter.
         num_probes: Random vectors.
-        num_steps: Products with each, and nodes of its quadrature; at most the dimensions. Fewer
-            are taken where a vector's invariant subspace is complete; nodes are then repeated with
-            weight zero.
+        num_steps: Products with each, and nodes of its quadrature; at most the dimensions, and 30
+            or these by default. Fewer are taken where a vector's invariant subspace is complete;
+            nodes are then repeated with weight zero.
         key: Random key.
         probes: "rademacher", "gaussian" or "sphere".
 
@@ -138,6 +141,8 @@ def density(
     check_key("slq", key)
     check_probes("slq", probes, 1.0)
     check_count("slq", "num_probes", num_probes, 1, "It is the number of random vectors.")
+    if num_steps is None:
+        num_steps = min(_STEPS, space.size)
     check_count("slq", "num_steps", num_steps, 1, "It is the number of products with each.")
     if num_steps > space.size:
         raise OptionError(
@@ -197,7 +202,7 @@ def slq(
     fn: Callable[[Tensor], Tensor] = torch.log,
     *,
     num_probes: int = 10,
-    num_steps: int = 30,
+    num_steps: int | None = None,
     key: Tensor,
     damping: float | Tensor = 0.0,
     lower: float | None = None,
@@ -213,7 +218,7 @@ def slq(
         fn: f, elementwise on a tensor of eigenvalues.
         num_probes: Random vectors; the standard error falls like the root of their number.
         num_steps: Products with each; quadrature is exact for polynomials of twice the degree. At
-            most the dimensions.
+            most the dimensions, and 30 or these by default.
         key: Random key.
         damping: λ.
         lower: A number that no eigenvalue of A is below, such as 0 for a Fisher information: nodes

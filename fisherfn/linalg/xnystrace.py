@@ -105,6 +105,10 @@ def _estimate(sketch: Sketch, uniform: bool) -> tuple[Tensor, Tensor]:
     shift = 8.0 * space.eps * size / math.sqrt(space.size)
     h = w.T @ r
     h = (h + h.T) / 2 + shift * (g + g.T) / 2
+    finite = (
+        h.isfinite().all()
+    )  # eigh raises otherwise, and a broken operator is no mistake of ours
+    h = torch.where(finite, h, torch.zeros_like(h))
     d, u = torch.linalg.eigh(h)
     floor = 8.0 * torch.finfo(d.dtype).eps * d[-1]
     some = d[-1] > 0  # of the zero operator, nothing is left to divide by
@@ -128,7 +132,9 @@ def _estimate(sketch: Sketch, uniform: bool) -> tuple[Tensor, Tensor]:
         value, stderr = summary(whole - squared(inverse / pivots.sqrt()) + rest)
         value = value - shift * space.size
     value = torch.where(some, value, torch.zeros_like(value))
+    value = torch.where(finite, value, torch.nan)
     stderr = torch.where(some, stderr, torch.zeros_like(stderr))
+    stderr = torch.where(finite, stderr, torch.nan)
     # the shift is of the size of the rounding in h, which is what it comes to in the trace
     rounding = shift * math.sqrt(space.size * sketch.count)
     return value, torch.hypot(at_least_rounding(space, stderr, value.reshape(1, 1)), rounding)

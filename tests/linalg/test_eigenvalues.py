@@ -214,6 +214,17 @@ def test_density_integrates_and_counts() -> None:
     assert float(top) * SIZE == pytest.approx(float(count.value), rel=1e-6)
 
 
+def test_quadrature_takes_no_more_steps_than_there_are_dimensions() -> None:
+    scale = torch.tensor([1.0, 2.0, 4.0], dtype=torch.float64)
+    mv, like = lambda v: {"w": scale * v["w"]}, {"w": torch.zeros(3, dtype=torch.float64)}
+    got = ff.linalg.slq(mv, like, key=KEY)
+    torch.testing.assert_close(got.value, scale.log().sum(), rtol=1e-10, atol=1e-10)
+    assert ff.linalg.density(mv, like, key=KEY).nodes.shape == (10, 3)
+    one = {"w": torch.zeros(1)}
+    root = ff.linalg.slq(lambda v: ff.tree.scale(v, 3.0), one, torch.sqrt, key=KEY)
+    assert float(root.value) == pytest.approx(3**0.5)
+
+
 def test_quadrature_on_a_function_that_is_not_defined_is_nan() -> None:
     known = rotated(SPECTRA["negative"])
     assert ff.linalg.slq(known.mv, known.like, key=KEY, num_probes=2).value.isnan()

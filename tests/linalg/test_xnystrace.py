@@ -78,3 +78,11 @@ def test_it_needs_two_products() -> None:
         ff.linalg.xnystrace(known.mv, known.like, num_matvecs=1, key=ff.random.key(0))
     with pytest.raises(ff.OptionError, match="xnystrace: expected probes= to be one of"):
         ff.linalg.xnystrace(known.mv, known.like, probes="normal", key=ff.random.key(0))
+
+
+@pytest.mark.parametrize("broken", [float("nan"), float("inf")])
+def test_an_operator_that_is_not_finite_gives_nan(broken: float) -> None:
+    like = {"w": torch.zeros(6)}
+    got = ff.linalg.xnystrace(lambda v: ff.tree.scale(v, broken), like, key=ff.random.key(0))
+    assert got.value.isnan()
+    assert not got.stderr.isfinite()
