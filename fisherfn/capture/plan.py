@@ -115,21 +115,29 @@ def build(
     recordings: list[Recording] = []
     outputs: list[Any] = []
     leaves = trees.leaves(params)
+    before = [_writes(t) for t in leaves]
     for count in counts:
         copies = trees.map(lambda t: t.clone() if isinstance(t, Tensor) else t, buffers)
         few = examples(inputs, count)
         out, recording = record(lambda c=copies, f=few: model(params, c, f), leaves)
         _check_unwritten("buffers", copies)
         _check_unwritten("inputs", few)
+        _check_unwritten("params", params, before)
         recordings.append(recording)
         outputs.append(out)
     return _combine(recordings, counts, leaves), (outputs[0], outputs[1])
 
 
-def _check_unwritten(what: str, copies: Any) -> None:
-    for path, copy in zip(trees.paths(copies), trees.leaves(copies), strict=True):
-        # a copy starts at version 0
-        if isinstance(copy, Tensor) and version(copy) > 0:
+def _writes(t: Any) -> int:
+    """Return how often a tensor was written to, as far as torch counts."""
+    return version(t) if isinstance(t, Tensor) and not t.is_inference() else 0
+
+
+def _check_unwritten(what: str, tree: Any, before: Sequence[int] | None = None) -> None:
+    found = trees.leaves(tree)
+    # a copy starts at version 0
+    for path, t, n in zip(trees.paths(tree), found, before or [0] * len(found), strict=True):
+        if _writes(t) > n:
             where = f"{what}['{path}']" if path else what
             raise UnsupportedError(
                 f"capture: expected a model that only reads its {what}, got one that writes to "

@@ -153,6 +153,18 @@ def test_buffers_that_the_model_changes_are_noticed() -> None:
     assert all(torch.equal(v, before[k]) for k, v in buffers.items())
 
 
+def test_parameters_that_the_model_changes_are_noticed() -> None:
+    model = lambda params, buffers, x: x @ params["w"].mul_(1.0)  # noqa: E731
+    estimator = ff.diagonal(model, ff.likelihoods.categorical())
+    for inference in (False, True):
+        with torch.inference_mode(inference):
+            args = {"w": normal(4, 3)}, {}, ff.Batch(x())
+            with pytest.raises(
+                ff.UnsupportedError, match=r"only reads its params, .*params\['w'\]"
+            ):
+                estimator(*args)
+
+
 def test_inputs_that_the_model_changes_are_left_alone() -> None:
     module = Net(lambda m, x: m.b(torch.tanh(m.a(x.mul_(2.0)))), **two()).double()
     model, params, buffers = ff.functional(module)
