@@ -8,6 +8,7 @@ about √κ log(2/ε) / 2 steps for a residual of ε, and fewer where few eigenv
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -47,10 +48,22 @@ def by_eigenpairs(pairs: ff.linalg.Eigenpairs, damping: float) -> Callable[[Tree
 
     def apply(v: Tree) -> Tree:
         along = sum(rows[name] @ t.flatten() for name, t in v.items()) * change
-        moved = {name: (along @ rows[name]).reshape(t.shape) for name, t in v.items()}
-        return {name: t / damping + moved[name] for name, t in v.items()}
+        found = {name: t / damping for name, t in v.items()}
+        for name, t in found.items():
+            t += (along @ rows[name]).reshape(t.shape)
+        return found
 
     return apply
+
+
+def first(pairs: ff.linalg.Eigenpairs, many: int) -> ff.linalg.Eigenpairs:
+    """Return the first pairs in memory of their own, so that the others can go."""
+    return replace(
+        pairs,
+        eigenvalues=pairs.eigenvalues[:many].clone(),
+        eigenvectors=ff.tree.map(lambda t: t[:many].clone(), pairs.eigenvectors),
+        residuals=pairs.residuals[:many].clone(),
+    )
 
 
 def preconditioners(

@@ -37,7 +37,7 @@ LANCZOS_PRODUCTS = 40
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what the arguments ask for."""
-    asked = _parser().parse_args(arguments)
+    asked = parser().parse_args(arguments)
     torch.set_num_threads(asked.threads)
     found: dict[str, Any] = {}
     for problem in asked.problem or _problems(asked):
@@ -139,29 +139,32 @@ def _costs(
     return {name: timing.median / unit for name, timing in timings.items()}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--problem", nargs="+", help="default: those of what is asked")
-    parser.add_argument("--truth", action="store_true", help="compare with dense matrices")
-    parser.add_argument("--peers", action="store_true", help="compare with other libraries")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--training", type=int, default=100, help="steps, for the default")
-    parser.add_argument("--parts", nargs="+", default=PARTS, help="of the language model")
-    parser.add_argument("--steps", type=int, default=25, help="products for the language model")
-    parser.add_argument("--solve-steps", type=int, default=60, help="products of each solve")
-    parser.add_argument("--damping", type=float, default=1e-2, help="share of the top eigenvalue")
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the arguments."""
+    made = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--problem", nargs="+", help="default: those of what is asked")
+    made.add_argument("--truth", action="store_true", help="compare with dense matrices")
+    made.add_argument("--peers", action="store_true", help="compare with other libraries")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--seed", type=int, default=0)
+    made.add_argument("--threads", type=int, default=torch.get_num_threads())
+    made.add_argument("--repeats", type=int, default=5)
+    made.add_argument("--training", type=int, default=100, help="steps, for the default")
+    made.add_argument("--parts", nargs="+", default=PARTS, help="of the language model")
+    made.add_argument("--steps", type=int, default=25, help="products for the language model")
+    made.add_argument("--solve-steps", type=int, default=60, help="products of each solve")
+    made.add_argument("--damping", type=float, default=1e-2, help="share of the top eigenvalue")
+    made.add_argument(
         "--preconditioners",
         nargs="+",
         choices=PRECONDITIONERS,
         default=["plain", "eigenpairs"],
         help="of the language model's solve",
     )
-    parser.add_argument("--output", type=Path, help="a JSON file to write")
-    return parser
+    made.add_argument("--output", type=Path, help="a JSON file to write")
+    return made
 
 
 if __name__ == "__main__":

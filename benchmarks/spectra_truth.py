@@ -20,7 +20,7 @@ from benchmarks.definitions import dense_fisher
 from benchmarks.solves import PRECONDITIONERS, gradient, preconditioners
 from benchmarks.workloads import Workload
 
-PRODUCTS, KEYS = 30, 10
+PRODUCTS, KEYS = 30, 30
 EIGENVALUES = 5
 PROBES, STEPS = 5, 20
 DAMPING = 1e-2  # of the largest eigenvalue

@@ -11,7 +11,7 @@ import torch
 from linalg.operators import flat, rotated
 
 import fisherfn as ff
-from benchmarks import solves, spectra, spectra_peers, spectra_truth
+from benchmarks import solves, spectra, spectra_language, spectra_peers, spectra_truth
 from benchmarks.definitions import dense_fisher
 from benchmarks.workloads import SMALL_PROBLEMS, build
 
@@ -114,8 +114,25 @@ def test_other_libraries_are_asked_the_same(capsys: pytest.CaptureFixture[str]) 
     assert "PyHessian" in printed
     for row in spectra_peers.beside_peers("small_gpt", "cpu", 0):
         assert "message" not in row, row
-        assert row["error"] < 0.3
+        assert row["error"] < 0.5
         assert row["products"] > 1
+
+
+def test_questions_to_a_language_model_on_a_small_one() -> None:
+    names = ["plain", "eigenpairs", "diagonal", "K-FAC"]
+    asked = spectra.parser().parse_args(["--steps", "30", "--preconditioners", *names])
+    workload = build("small_gpt", "cpu")
+    model, params, buffers = ff.functional(workload.module)
+    found = spectra_language.answers(asked, model, (params, buffers, workload.batch))
+    trace = found["trace, 4 draws of labels"]
+    assert abs(found["trace, random vectors"]["value"] - trace["value"]) < 6 * trace["stderr"]
+    top = found["five largest eigenvalues"]["eigenvalues"][0]
+    for name in names:
+        solve = found[f"solve, {name}"]
+        assert solve["reason"] == "converged"
+        assert solve["residual"] <= 1e-2
+        assert solve["damping"] == pytest.approx(0.01 * top)
+    assert found["solve, eigenpairs"]["steps"] <= found["solve, plain"]["steps"] < 40
 
 
 @pytest.mark.lm
