@@ -6,6 +6,7 @@ The average is exponential and by meaning: Kronecker factors are averaged, not t
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,7 +25,9 @@ from fisherfn.curvature.implicit import Implicit
 from fisherfn.estimators.ekfac import ekfac
 from fisherfn.estimators.estimator import Estimator
 from fisherfn.estimators.kfac import kfac
+from fisherfn.estimators.products.fisher import Product
 from fisherfn.estimators.together import statistics
+from fisherfn.models import FunctionalModel
 from fisherfn.optim.inverse import Inverse, invert
 from fisherfn.states import ema
 
@@ -263,10 +266,14 @@ def stream(
     Raises:
         OptionError: One of them makes no sense.
     """
-    if not callable(estimator) or isinstance(estimator, torch.nn.Module):
+    uncalled = inspect.isfunction(estimator) and estimator.__module__.startswith("fisherfn.")
+    others = torch.nn.Module, FunctionalModel, Product
+    if not callable(estimator) or isinstance(estimator, others) or uncalled:
+        named = getattr(estimator, "__name__", "")
+        got = f"the function {named}" if uncalled else type(estimator).__name__
         raise OptionError(
-            f"{caller}: expected an estimator of curvature, got {type(estimator).__name__}. Pass "
-            "for instance kfac(model, likelihood, fisher='mc')."
+            f"{caller}: expected an estimator of curvature, got {got}. Pass for instance "
+            "kfac(model, likelihood, fisher='mc')."
         )
     if not is_number(decay) or not 0 <= decay < 1:
         raise OptionError(

@@ -236,7 +236,7 @@ def test_bad_options_are_refused_at_once(options: Any, message: str) -> None:
 
 def test_bad_estimators_are_refused() -> None:
     model, params, buffers = network()
-    for bad in (None, nn.Tanh(), 3):
+    for bad in (None, nn.Tanh(), 3, model, ff.fisher_vp(model, LIK), ff.kfac):
         with pytest.raises(OptionError, match="expected an estimator of curvature, got"):
             optim.natural_gradient(bad)
     needy: list[Any] = [{"learning_rate": None}, {"damping": optim.levenberg_marquardt()}]
