@@ -5,9 +5,10 @@ one, where one eigenvalue is returned several times, and two eigenvalues above a
 They are the Hessians of a quadratic form, so that every library can be asked. Elsewhere the truth
 is that of the products in float64 of `benchmarks/definitions.py`, by ARPACK, and traces are exact:
 those of the Fisher information by a loop over labels, and those of the Hessian of a piecewise
-linear network are the same, since no layer's block has a second term. Other traces come from many
-products, with a standard error. Models are as they are initialised: where they fit their data, the
-Hessian of the cross entropy in float32 has lost its digits, whatever the method.
+linear network are the same, since no layer's block has a second term. Other traces come from all
+unit vectors, or from many random ones, with a standard error. Models are as they are initialised:
+where they fit their data, the Hessian of the cross entropy in float32 has lost its digits, whatever
+the method.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from benchmarks.workloads import Workload, build
 
 PROBLEMS = ("rank one", "cluster", "mlp", "cnn", "gpt")
 SIZE, TOP, BUDGET, LONG_BUDGET = 200, 5, 30, 40
-TRUTH_PRODUCTS = 100
+TRUTH_PRODUCTS, UNIT_VECTORS = 100, 3000
 SPECTRA = {
     "rank one": [5.0] + [0.0] * (SIZE - 1),
     "cluster": [10.0, 9.0] + [1.0] * (SIZE - 2),
@@ -260,10 +261,7 @@ def _cases(problem: str, device: str) -> Iterator[Case]:
         if fisher_trace is not None and linear:
             trace, stderr = fisher_trace, 0.0
         else:
-            like = {name: p.detach() for name, p in wide.module.named_parameters()}
-            key, products = ff.random.key(11), min(TRUTH_PRODUCTS, size)
-            found = ff.linalg.xtrace(multiply, like, num_matvecs=products, key=key)
-            trace, stderr = float(found.value), float(found.stderr)
+            trace, stderr = _trace(wide, multiply, size)
         yield Case(
             matrix,
             top,
@@ -299,6 +297,18 @@ def _by_arpack(wide: Workload, multiply: Callable[[Any], Any]) -> tuple[Tensor, 
     operator = sparse.LinearOperator((size, size), matvec=product, dtype="float64")
     values = sparse.eigsh(operator, k=TOP, which="LA", tol=1e-8, return_eigenvectors=False)
     return torch.tensor(sorted(values, reverse=True), dtype=torch.float64), size
+
+
+def _trace(wide: Workload, multiply: Callable[[Any], Any], size: int) -> tuple[float, float]:
+    """Return the trace of a float64 product: by unit vectors where these are few."""
+    like = {name: p.detach() for name, p in wide.module.named_parameters()}
+    if size > UNIT_VECTORS:
+        found = ff.linalg.xtrace(multiply, like, num_matvecs=TRUTH_PRODUCTS, key=ff.random.key(11))
+        return float(found.value), float(found.stderr)
+    restore, total = ff.tree.ravel(like)[1], 0.0
+    for unit in torch.eye(size, dtype=torch.float64, device=wide.device):
+        total += float(unit @ ff.tree.ravel(multiply(restore(unit)))[0])
+    return total, 0.0
 
 
 def _known(name: str, spectrum: Sequence[float]) -> Case:
