@@ -59,6 +59,7 @@ def measure(workload: Workload, asked: argparse.Namespace) -> list[Row]:
     found: dict[Case, Row] = {}
     runs: dict[Case, Callable[[], Any]] = {}
     for case in cases(asked):
+        print(f"{workload.name}: checking {case}", file=sys.stderr, flush=True)
         row = found[case] = Row(case.quantity, case.source, case.compiled)
         try:
             runs[case] = _check_and_warm_up(workload, case, row, checks)
@@ -67,6 +68,7 @@ def measure(workload: Workload, asked: argparse.Namespace) -> list[Row]:
         except Exception as error:
             row.status, row.message = "failed", f"{type(error).__name__}: {error}".split("\n")[0]
     named = {str(case): run for case, run in runs.items()}
+    print(f"{workload.name}: timing {len(named)} cases", file=sys.stderr, flush=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # those of the library were seen in its check
         timings = interleaved(named, workload.device, asked.repeats)

@@ -15,25 +15,22 @@ structures raise TreeMismatchError (optree would broadcast). Everything here run
 from __future__ import annotations
 
 import atexit
-import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, TypeAlias, TypeVar
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, TypeAlias
 
 import optree
 import torch
-import torch.utils._pytree as torch_pytree
-from optree.registry import __GLOBAL_NAMESPACE as GLOBAL_NAMESPACE
 from torch import Tensor
 
 from fisherfn.core import random
 from fisherfn.core.errors import OptionError, ShapeError, TreeMismatchError
+from fisherfn.core.nodes import register_dataclass_node as register_dataclass_node
 
 NAMESPACE = "fisherfn"
 
 Tree: TypeAlias = Any
 TreeDef: TypeAlias = optree.PyTreeSpec
 Distribution: TypeAlias = Literal["normal", "rademacher", "uniform"]
-T = TypeVar("T")
 
 
 def _keep_insertion_order() -> None:
@@ -188,97 +185,28 @@ def _leaf_problem(leaf: Any, want: Tensor, dtype: bool) -> str | None:
     return None
 
 
-def register_dataclass_node(
-    cls: type[T], data_fields: Sequence[str], static_fields: Sequence[str] = ()
-) -> type[T]:
-    """Make a frozen dataclass a node of torch's pytrees and of optree's (every namespace).
+def _entrywise(caller: str, f: Callable[[Tensor, Tensor], Tensor], a: Tree, b: Tree) -> Tree:
+    def one(x: Tensor, y: Tensor) -> Tensor:
+        if x.shape != y.shape:
+            check_like(f"tree.{caller}", "a second tree", b, a, like_name="the first")
+        return f(x, y)
 
-    A data field that is None is left out of the children (`torch.vmap` would meet it as a leaf) and
-    restored as None. Unflattening sets the fields directly, without `__init__` and its validation,
-    since transformations put other things than tensors in the place of leaves.
-
-    Args:
-        cls: The dataclass.
-        data_fields: Fields that hold trees, in the order of the leaves.
-        static_fields: Fields that belong to the structure; hashable, compared by `==`.
-
-    Returns:
-        `cls`.
-
-    Raises:
-        OptionError: `cls` is no frozen dataclass, or the fields are not exactly its fields.
-
-    >>> @dataclasses.dataclass(frozen=True)
-    ... class Weighted:
-    ...     value: Tree
-    ...     weight: Tensor | None = None
-    ...     unit: str = "example"
-    >>> _ = register_dataclass_node(Weighted, ["value", "weight"], ["unit"])
-    >>> map(lambda x: 2 * x, Weighted({"b": 1, "a": 2}))
-    Weighted(value={'b': 2, 'a': 4}, weight=None, unit='example')
-    """
-    data, static = tuple(data_fields), tuple(static_fields)
-    if not (dataclasses.is_dataclass(cls) and getattr(cls, "__dataclass_params__").frozen):  # noqa: B009
-        raise OptionError(
-            f"tree.register_dataclass_node: expected a frozen dataclass, got {cls!r}. "
-            "Decorate it with @dataclass(frozen=True)."
-        )
-    fields = [field.name for field in dataclasses.fields(cls)]
-    if sorted(data + static) != sorted(fields):
-        raise OptionError(
-            f"tree.register_dataclass_node: expected data_fields and static_fields to name each of "
-            f"{fields} once, got {list(data)} and {list(static)}. Name every field once."
-        )
-
-    def flat(node: T) -> tuple[list[Any], Any, tuple[str, ...]]:
-        present = tuple([name for name in data if getattr(node, name) is not None])
-        context = present, tuple([getattr(node, name) for name in static])
-        return [getattr(node, name) for name in present], context, present
-
-    def flat_with_keys(node: T) -> tuple[list[tuple[Any, Any]], Any]:
-        children, context, present = flat(node)
-        keys = [torch_pytree.GetAttrKey(name) for name in present]
-        return list(zip(keys, children, strict=True)), context
-
-    def build(children: Iterable[Any], context: Any) -> T:
-        present, constants = context
-        node = object.__new__(cls)
-        for name in data:
-            object.__setattr__(node, name, None)
-        for name, value in zip(present + static, (*children, *constants), strict=True):
-            object.__setattr__(node, name, value)
-        return node
-
-    torch_pytree.register_pytree_node(
-        cls,
-        lambda node: flat(node)[:2],
-        build,
-        serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
-        flatten_with_keys_fn=flat_with_keys,
-    )
-    optree.register_pytree_node(
-        cls,  # type: ignore[arg-type]
-        flat,  # type: ignore[arg-type]
-        lambda context, children: build(children, context),  # type: ignore[arg-type]
-        path_entry_type=optree.GetAttrEntry,
-        namespace=GLOBAL_NAMESPACE,
-    )
-    return cls
+    return map(one, a, b)
 
 
 def add(a: Tree, b: Tree) -> Tree:
-    """Return a + b, leaf by leaf."""
-    return map(torch.add, a, b)
+    """Return a + b, leaf by leaf; leaves are not broadcast."""
+    return _entrywise("add", torch.add, a, b)
 
 
 def sub(a: Tree, b: Tree) -> Tree:
-    """Return a − b, leaf by leaf."""
-    return map(torch.sub, a, b)
+    """Return a − b, leaf by leaf; leaves are not broadcast."""
+    return _entrywise("sub", torch.sub, a, b)
 
 
 def mul(a: Tree, b: Tree) -> Tree:
-    """Return the elementwise product, leaf by leaf."""
-    return map(torch.mul, a, b)
+    """Return the elementwise product, leaf by leaf; leaves are not broadcast."""
+    return _entrywise("mul", torch.mul, a, b)
 
 
 def scale(tree: Tree, c: float | Tensor) -> Tree:
@@ -296,7 +224,7 @@ def axpy(c: float | Tensor, x: Tree, y: Tree) -> Tree:
     >>> axpy(3.0, [torch.ones(2)], [torch.ones(2)])
     [tensor([4., 4.])]
     """
-    return map(lambda a, b: a * c + b, x, y)
+    return _entrywise("axpy", lambda a, b: a * c + b, x, y)
 
 
 def zeros_like(tree: Tree, dtype: torch.dtype | None = None) -> Tree:

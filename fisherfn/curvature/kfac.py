@@ -50,6 +50,7 @@ from fisherfn.curvature.kronecker_factors import (
     is_zero,
     multiplier,
     norms_of,
+    output_side,
     padded,
     scaled,
     shape_of,
@@ -177,21 +178,19 @@ class KFAC(Kronecker):
             that names the block where a solution is asked for.
 
         Cost: an eigendecomposition of each factor, in its own dtype (in float64 where that fails);
-        factors of one shape together, a shared factor once, and rows through their own number.
+        factors of one shape together, a shared factor once, and one of few rows through a matrix
+        of their number.
         """
         self._check("KFAC.eigh")
-        found = decomposed(self.blocks, self.outputs, self.inputs, thin)
+        found = decomposed(self.blocks, self.outputs, self.inputs, self.rows if thin else None)
         scales, outputs, inputs, blocks = {}, {}, {}, []
         for b in self.blocks:
             left, right = found[b.name]
-            b = replace(b, output_form=left.form, input_form=right.form)
-            blocks.append(b)
-            assert left.basis is not None
-            values = [padded(left.values, left.form), padded(right.values, right.form)]
-            product = values[0].unsqueeze(-1) * values[1].unsqueeze(-2)
+            values, outputs[b.name], form = output_side(left, b, self.fisher == "forward_only")
+            blocks.append(replace(b, output_form=form, input_form=right.form))
+            product = values.unsqueeze(-1) * padded(right.values, right.form).unsqueeze(-2)
             # what is not finite must not pass for singular
             scales[b.name] = torch.where(left.good & right.good, product, torch.nan)
-            outputs[b.name] = left.basis
             if right.basis is not None:
                 inputs[b.name] = right.basis
         made = scales, outputs, inputs, self.rest, self.count, self.layout, tuple(blocks)

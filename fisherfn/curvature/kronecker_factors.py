@@ -5,6 +5,7 @@ A stack of R factors of size n is [R, n, n], [R, n], or rows [R, m, n] that stan
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -61,6 +62,20 @@ def padded(values: Tensor, form: str) -> Tensor:
     if form != "rows":
         return values
     return torch.cat([values, torch.zeros_like(values[..., :1])], -1)
+
+
+def output_side(x: spectra.Eigen, b: Block, identity: bool) -> tuple[Tensor, Tensor, str]:
+    """Return eigenvalues, with one more for a complement, basis and form of an output factor.
+
+    A diagonal that is a multiple of the identity has one eigenvalue, on the complement of nothing:
+    no basis [O, O] is formed.
+    """
+    if x.basis is not None:
+        return padded(x.values, x.form), x.basis, x.form
+    if identity:
+        return x.values[..., :1], x.values.new_zeros(b.groups, b.outputs, 0), "rows"
+    eye = torch.eye(b.outputs, dtype=x.values.dtype, device=x.values.device)
+    return x.values, eye.expand(b.groups, -1, -1), "matrix"
 
 
 def average(form: str, a: Scalar, x: Tensor, b: Scalar, y: Tensor) -> Tensor:
@@ -207,11 +222,17 @@ def decomposed(
     blocks: Sequence[Block],
     outputs: Mapping[str, Tensor],
     inputs: Mapping[str, Tensor],
-    thin: bool,
+    rows: Mapping[str, Tensor] | None,
 ) -> dict[str, tuple[spectra.Eigen, spectra.Eigen]]:
-    """Return the eigendecompositions of G and A for each block, of a shared factor once."""
+    """Return the eigendecompositions of G and A for each block, of a shared factor once.
+
+    With `rows`, how many rows each A is an average over, eigenvectors of the eigenvalue zero are
+    left out where they are many.
+    """
     factors: list[Tensor] = []
     forms: list[str] = []
+    ranks: list[int | None] = []
+    bounds = _bounds(blocks, rows)
     index: dict[str, list[int]] = {}
     for b in blocks:
         sides = ((outputs[b.name], b.output_form), (inputs[b.name], b.input_form))
@@ -221,8 +242,18 @@ def decomposed(
             if not same:
                 factors.append(x)
                 forms.append(form)
+                ranks.append(bounds.get(b.name))
             index[b.name].append(same[0] if same else len(factors) - 1)
-    found = spectra.decompose(factors, forms)
-    if thin:
+    found = spectra.decompose(factors, forms, ranks)
+    if rows is not None:
         found = [spectra.without_zeros(x) for x in found]
     return {name: (found[i], found[j]) for name, (i, j) in index.items()}
+
+
+def _bounds(blocks: Sequence[Block], rows: Mapping[str, Tensor] | None) -> dict[str, int]:
+    """Return the rank that the factors of each block have if every row weighs 1 or more."""
+    if rows is None or not rows or not concrete(*rows.values()):
+        return {}
+    numbers = torch.stack([rows[b.name].detach().double().cpu() for b in blocks]).ceil().tolist()
+    pairs = zip(blocks, numbers, strict=True)
+    return {b.name: int(n) for b, n in pairs if math.isfinite(n) and n >= 1}

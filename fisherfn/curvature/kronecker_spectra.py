@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fisherfn.core import random
 from fisherfn.core.modes import concrete, in_functorch
 from fisherfn.curvature.common import Scalar, wide, working_dtype
 
@@ -26,6 +27,8 @@ _STACKED = 1024
 _GUARD = 100.0
 # Smaller bases are not worth cutting.
 _THIN = 64
+# Random vectors beyond the rank that is looked for.
+_SPARE = 8
 
 
 class Eigen(NamedTuple):
@@ -37,12 +40,16 @@ class Eigen(NamedTuple):
     form: str  # "rows" if the basis has a complement, on which the factor is zero
 
 
-def decompose(factors: Sequence[Tensor], forms: Sequence[str]) -> list[Eigen]:
+def decompose(
+    factors: Sequence[Tensor], forms: Sequence[str], ranks: Sequence[int | None] | None = None
+) -> list[Eigen]:
     """Return the eigendecomposition of each factor; those of one shape are done in one call.
 
     Args:
         factors: Factors of any sizes and dtypes.
         forms: How each is kept: "matrix", "diagonal" or "rows".
+        ranks: For a matrix, what its rank may well be at most. If that is small and true, only the
+            eigenvectors of its range are found, and it comes back as if it had been kept as rows.
 
     Returns:
         One decomposition for each, in float32 or wider.
@@ -62,6 +69,9 @@ def decompose(factors: Sequence[Tensor], forms: Sequence[str]) -> list[Eigen]:
             found[i] = _thin(x)
         else:
             n = x.shape[-1]
+            found[i] = None if ranks is None else _of_rank(x, ranks[i])
+            if found[i] is not None:
+                continue
             stacks.setdefault((n, x.dtype, x.device, i if n > _STACKED else -1), []).append(i)
     for members in stacks.values():
         parts = [wide(factors[i]) for i in members]
@@ -128,6 +138,31 @@ def _thin(rows: Tensor) -> Eigen:
     values, turn, _ = _eigh(r @ r.mT)
     values = torch.where(good, values, torch.full_like(values, torch.nan))
     return Eigen(values, q @ turn, good, "rows")
+
+
+def _of_rank(x: Tensor, rank: int | None) -> Eigen | None:
+    """Return the eigendecomposition on the range of x [R, n, n]; None if it may be of higher rank.
+
+    The range is that of the products with more random vectors than it has dimensions (Halko,
+    Martinsson & Tropp 2011, section 4); what it leaves of the trace tells whether that was so.
+    """
+    n = x.shape[-1]
+    if rank is None or n < _THIN or 2 * rank > n:
+        return None
+    if not concrete(x) or x.requires_grad or not bool(torch.isfinite(x).all()):
+        return None
+    key = random.key(0, device=x.device)
+    vectors = random.rademacher(key, (n, min(n, rank + _SPARE)), x.dtype)
+    q = torch.linalg.qr(x @ vectors).Q
+    small = q.mT @ (x @ q)
+    values, turn, good = _eigh(0.5 * (small + small.mT))
+    level = n * torch.finfo(x.dtype).eps * _largest(values)
+    beside = x.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True) - values.sum(-1, keepdim=True)
+    if not bool(((beside.abs() <= level) & (values >= -level)).all()):
+        return None
+    k = max(1, int((values > level).sum(-1).max()))
+    values = torch.where(values <= level, torch.zeros_like(values), values)[..., -k:]
+    return Eigen(values, (q @ turn)[..., -k:].contiguous(), good.all(), "rows")
 
 
 def without_zeros(x: Eigen) -> Eigen:

@@ -11,6 +11,7 @@ examples. Every other parameter keeps its exact diagonal, so that the result is 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -111,7 +112,7 @@ class Factors(KroneckerStatistic):
         averages: dict[int, Tensor] = {}
         finished: dict[Any, Tensor] = {}
         for place in self.ordered():
-            b = place.block
+            b = self._kept(place.block)
             moments = self._inputs[b.name]
             # layers that read one tensor have one factor, which is decomposed once
             if id(moments) not in averages:
@@ -123,19 +124,21 @@ class Factors(KroneckerStatistic):
             blocks.append(b)
             inputs[b.name], rows[b.name] = A, moments.rows.to(frame.total.dtype)
             if self.settings.forward_only:
-                eye = torch.eye(b.outputs, dtype=A.dtype, device=A.device)
-                outputs[b.name] = eye.expand(b.groups, -1, -1).contiguous()
+                outputs[b.name] = _identity(b, A)
             else:
                 G = self._outputs[b.name]
                 root = scale**0.5 if b.output_form == "rows" else scale
                 outputs[b.name] = G * root if scale != 1 else G
             beside = self.separate(place)
             if beside is not None:
-                own = beside.block
+                own = self._kept(beside.block)
                 blocks.append(own)
                 inputs[own.name], rows[own.name] = A.new_ones(1, 1, 1), rows[b.name]
                 G = outputs[b.name]
-                outputs[own.name] = G if beside.outputs is None else _restricted(G, b, beside)
+                if self.settings.forward_only:
+                    outputs[own.name] = _identity(own, A)
+                else:
+                    outputs[own.name] = G if beside.outputs is None else _restricted(G, b, beside)
         rest = self.rest()
         if self.settings.forward_only:
             covered = {path for b in blocks for path in b.paths()}
@@ -153,6 +156,21 @@ class Factors(KroneckerStatistic):
             fisher=frame.fisher,
             unit=frame.unit,
         )
+
+
+    def _kept(self, b: Block) -> Block:
+        """Return a block with the form in which its output factor is kept."""
+        if self.settings.forward_only and b.output_form == "rows":
+            return replace(b, output_form="diagonal")  # the identity has no rows
+        return b
+
+
+def _identity(b: Block, like: Tensor) -> Tensor:
+    """Return the output factor of a block of which nothing was pulled back."""
+    if b.output_form == "diagonal":
+        return like.new_ones(b.groups, b.outputs)
+    eye = torch.eye(b.outputs, dtype=like.dtype, device=like.device)
+    return eye.expand(b.groups, -1, -1).contiguous()
 
 
 def _restricted(G: Tensor, b: Block, beside: Beside) -> Tensor:

@@ -205,3 +205,74 @@ def test_rows_of_the_data_are_left_as_they_are(bias: str) -> None:
     assert torch.equal(batch.inputs, before)
     full = ff.kfac(model, ff.likelihoods.categorical(), bias=bias)(params, buffers, batch)
     assert_close(first, full.to_dense())
+
+
+@pytest.mark.parametrize("bias", ["joint", "separate", "diagonal"])
+def test_nothing_pulled_back_needs_no_wide_identity(bias: str) -> None:
+    model, params, buffers, batch = problem("outputs")
+    likelihood = ff.likelihoods.categorical()
+    options = {"fisher": "forward_only", "bias": bias}
+    full = ff.kfac(model, likelihood, **options)(params, buffers, batch)
+    wide = ff.kfac(model, likelihood, widest=6, **options)(params, buffers, batch)
+    forms = {b.outputs: b.output_form for b in wide.blocks}
+    assert forms == {9: "diagonal", 3: "matrix"}
+    found = wide.eigh()
+    assert found.output_basis["0.weight"].shape == (1, 9, 0)
+    assert_close(wide.to_dense(), full.to_dense())
+    assert_close(found.to_dense(), full.to_dense())
+    v = {k: loops.normal(i, *p.shape) for i, (k, p) in enumerate(params.items())}
+    for got in (wide, found):
+        assert_close(vector(got.solve(v, damping=0.1)), vector(full.solve(v, damping=0.1)))
+        assert_close(got.logdet(damping=0.1), full.logdet(damping=0.1))
+    half = 0.5 * wide
+    assert_close(half.eigh().to_dense(), 0.5 * full.to_dense())
+    assert_close(ff.merge(wide, wide).to_dense(), full.to_dense())
+
+
+# ---- factors of fewer rows than dimensions -------------------------------------------------------
+
+
+def few_rows(rows: int, dtype: torch.dtype = torch.float64) -> Any:
+    """K-FAC of one wide layer on so many examples, with a spectrum over six decades."""
+    model, params, buffers = ff.functional(loops.seeded(lambda: nn.Linear(150, 90)))
+    params = {k: p.to(dtype) for k, p in params.items()}
+    scales = torch.logspace(0, -3, rows, dtype=torch.float64).unsqueeze(-1)
+    batch = ff.Batch((loops.normal(1, rows, 150) * scales).to(dtype))
+    fim = ff.kfac(model, ff.likelihoods.categorical(), fisher="mc")
+    return fim(params, buffers, batch, key=ff.random.key(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("rows", [1, 5, 30, 44])
+def test_few_rows_are_decomposed_through_their_number(
+    rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    F = few_rows(rows, dtype)
+    sizes = []
+    plain = torch.linalg.eigh
+
+    def counted(x: Tensor) -> Any:
+        sizes.append(x.shape[-1])
+        return plain(x)
+
+    monkeypatch.setattr(torch.linalg, "eigh", counted)
+    found = F.eigh()
+    monkeypatch.undo()
+    assert max(sizes) <= rows + 8
+    whole = F.eigh(thin=False)
+    want, got = whole.eigenvalues(), found.eigenvalues()
+    allowed = float(500 * torch.finfo(dtype).eps * want[0])
+    torch.testing.assert_close(got, want, rtol=0, atol=allowed)
+    v = ff.tree.random_like(ff.random.key(2), F.diagonal())
+    error = vector(found.mv(v)) - vector(F.mv(v))
+    assert float(error.norm()) <= allowed * float(vector(v).norm())
+
+
+@pytest.mark.parametrize("rows", [1.0, float("inf"), float("nan"), 0.0])
+def test_a_number_of_rows_that_says_too_little_is_noticed(rows: float) -> None:
+    """Factors that are averages of others, or weighted, may have a higher rank than that."""
+    F = few_rows(40)
+    told = replace(F, rows={name: torch.tensor(rows).double() for name in F.rows})
+    v = ff.tree.random_like(ff.random.key(2), F.diagonal())
+    assert_close(vector(told.eigh().mv(v)), vector(F.mv(v)))
+    assert_close(told.eigh().trace(), F.trace())
