@@ -276,7 +276,7 @@ def _sizes(value: Any, nd: int) -> tuple[int, ...]:
 
 
 def _geometry(call: Call, weight: Tensor) -> Geometry:
-    kernel = tuple(weight.shape[2:])
+    kernel = tuple(int(n) for n in weight.shape[2:])  # plain where the compiler makes symbols
     nd = len(kernel)
     dilation = _sizes(call["dilation"], nd)
     padding = call["padding"]

@@ -67,3 +67,36 @@ def test_sizes_may_become_symbols(name: str, eager_first: bool) -> None:
         compiled = torch.compile(estimator, fullgraph=True, backend="aot_eager", dynamic=None)
         got = compiled(params, {}, batch)
         assert_close(got, estimator(params, {}, batch), 1e-10)
+
+
+def matrices(params: dict[str, Tensor], buffers: object, x: Tensor) -> Tensor:
+    """Multiply twice."""
+    return torch.tanh(x @ params["conv"].T) @ params["out"].T
+
+
+def windows(params: dict[str, Tensor], buffers: object, x: Tensor) -> Tensor:
+    """Convolve, and multiply."""
+    h = torch.relu(torch.nn.functional.conv2d(x, params["conv"], padding=1)).mean((2, 3))
+    return h @ params["out"].T
+
+
+@pytest.mark.parametrize("eager_first", [False, True])
+@pytest.mark.parametrize("name", list(ESTIMATORS))
+def test_all_sizes_of_a_parameter_may_become_symbols(name: str, eager_first: bool) -> None:
+    """As where a parameter of one model has other dimensions than that of the model before."""
+    vectors = {"conv": (5, 4), "out": (3, 5)}, (6, 4)
+    images = {"conv": (5, 2, 3, 3), "out": (3, 5)}, (6, 2, 4, 4)
+    for model, (shapes, shape) in ((matrices, vectors), (windows, images)):
+        source = torch.Generator().manual_seed(0)
+        params = {k: torch.randn(n, generator=source).double() for k, n in shapes.items()}
+        inputs = torch.randn(shape, generator=source).double()
+        batch = ff.Batch(inputs, torch.zeros(6, dtype=torch.int64))
+        options: dict[str, Any] = {"fisher": "empirical"}
+        if name == "grouped":
+            options["groups"] = ff.groups.infer(params)
+        estimator = getattr(ff, name)(model, LIK, **options)
+        if eager_first:
+            estimator(params, {}, batch)
+        compiled = torch.compile(estimator, fullgraph=True, backend="aot_eager")
+        got = compiled(params, {}, batch)
+        assert_close(got, estimator(params, {}, batch), 1e-10)
