@@ -157,7 +157,6 @@ class Factors(KroneckerStatistic):
             unit=frame.unit,
         )
 
-
     def _kept(self, b: Block) -> Block:
         """Return a block with the form in which its output factor is kept."""
         if self.settings.forward_only and b.output_form == "rows":

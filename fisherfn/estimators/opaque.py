@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
 
 from fisherfn.batch import Batch
 from fisherfn.core.modes import compiling
@@ -46,10 +47,22 @@ def _run(slot: str, params: Any, buffers: Any, fields: dict[str, Any], keys: lis
     # until torch 2.12 AOTAutograd's own traces say that nothing is being compiled, and models that
     # ask (Hugging Face masks do) would look at values that are not there
     torch.compiler._is_compiling_flag = before or compiling()
+    _allow_constants()
     try:
         return entry.traced(params, buffers, Batch(**fields), key)
     finally:
         torch.compiler._is_compiling_flag = before
+
+
+def _allow_constants() -> None:
+    """Let a graph hold tensors that are no arguments: a given basis, a scale, a model's closure.
+
+    Dynamo would have made inputs of them; what it does not look into it does not see, and inductor
+    refuses them unless the mode under which it looks at the graph says otherwise.
+    """
+    context = TracingContext.try_get()
+    if context is not None and context.fake_mode is not None:
+        context.fake_mode.allow_non_fake_inputs = True
 
 
 def _prepare() -> int:

@@ -138,6 +138,38 @@ def test_inductor(kind: str) -> None:
     testing.compiled(testing.ESTIMATORS["diagonal-mc-example"], problem(kind), backend="inductor")
 
 
+def _constants() -> dict[str, tuple[Any, dict[str, Tensor]]]:
+    """Estimators that know tensors besides their arguments."""
+    factor, scale = torch.linspace(0.5, 2.0, 3).double(), torch.tensor([0.5, 2.0]).double()
+
+    def model(params: dict[str, Tensor], buffers: object, x: Tensor) -> Tensor:
+        return (x * factor) @ params["w"]
+
+    params = {"w": torch.linspace(-1.0, 1.0, 6).double().reshape(3, 2)}
+    batch = ff.Batch(torch.linspace(0.0, 1.0, 15).double().reshape(5, 3))
+    likelihood, plain = ff.likelihoods.gaussian(scale), ff.likelihoods.gaussian(0.5)
+    basis = ff.kfac(model, plain)(params, {}, batch)
+    based = ff.ekfac(model, plain, basis)
+    made = {
+        "closure": ff.diagonal(model, plain),
+        "scale": ff.diagonal(model, likelihood),
+        "basis": based,
+        "together": ff.statistics(based=based, diag=ff.diagonal(model, plain)),
+    }
+    return {name: (e, params) for name, e in made.items()}
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["closure", "scale", "basis", "together"])
+def test_tensors_that_are_no_arguments_are_constants(name: str, backend: str) -> None:
+    estimator: Any
+    estimator, params = _constants()[name]
+    batch = ff.Batch(torch.linspace(0.0, 2.0, 15).double().reshape(5, 3))
+    compiled = torch.compile(estimator, fullgraph=True, backend=backend)
+    got, want = compiled(params, {}, batch), estimator(params, {}, batch)
+    testing.assert_close(ff.tree.leaves(got), ff.tree.leaves(want))
+
+
 def test_a_whole_pipeline_compiles() -> None:
     """Estimate, merge, damp, solve and measure in one graph."""
     p = problem("mlp")
