@@ -397,17 +397,3 @@ def test_the_order_lasts_until_exit_and_through_new_imports_in_silence(mode: str
     root = Path(__file__).parents[1]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
     assert (done.returncode, done.stdout, done.stderr) == (0, "[1, 2]\n", "")
-
-
-@pytest.mark.parametrize("name", ["add", "sub", "mul", "axpy"])
-@pytest.mark.parametrize("shape", [(1,), (3,), (), (2, 2)])
-def test_leaves_of_two_trees_are_not_broadcast(name: str, shape: tuple[int, ...]) -> None:
-    first = {"a": torch.ones(2), "b": {"c": torch.ones(2)}}
-    second = {"a": torch.ones(2), "b": {"c": torch.ones(shape)}}
-    given = (2.0,) if name == "axpy" else ()
-    with pytest.raises(
-        TreeMismatchError,
-        match=rf"tree\.{name}: expected a second tree like the first, got shape "
-        rf"{re.escape(str(shape))} at b/c, needs \(2,\)\. Build it",
-    ):
-        getattr(tree, name)(*given, first, second)

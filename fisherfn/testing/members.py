@@ -257,9 +257,6 @@ def _members() -> dict[str, Member]:
         found.append(Member(f"kfac-reduce-{unit}", kfac, options, unit=unit))
         options = {"fisher": "forward_only", "unit": unit, "bias": bias}
         found.append(Member(f"kfac-forward_only-{unit}", kfac, options, unit=unit))
-        found.append(
-            Member(f"kfac-forward_only_wide-{unit}", kfac, {**options, "widest": 1}, unit=unit)
-        )
     many = {"fisher": "mc", "num_samples": 3}
     found.append(Member("kfac-mc-three_samples", kfac, many, keyed=True))
     found.append(Member("diagonal-mc-three_samples", diagonal, many, keyed=True))

@@ -52,8 +52,8 @@ def estimators() -> dict[str, Any]:
     groups = ff.groups.infer(params)
     # null spaces have many bases, so that of the CPU is taken everywhere
     cpu = torch.device("cpu")
-    there, *at = network(place=cpu)
-    found = ff.ekfac(there, LIKELIHOOD, fisher="empirical")(*at, batches(place=cpu)[0])
+    there, values, rest = network(place=cpu)
+    found = ff.ekfac(there, LIKELIHOOD, fisher="empirical")(values, rest, batches(place=cpu)[0])
     first = trees.map(lambda t: t.to(device()), found)
     mc: dict[str, Any] = {"fisher": "mc"}
     return {

@@ -53,7 +53,8 @@ WORLDS = [
 
 @pytest.fixture(scope="module", params=WORLDS)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
-    return started(*request.param, tmp_path_factory.mktemp("ranks"))
+    world, backend = request.param
+    return started(world, backend, tmp_path_factory.mktemp("ranks"))
 
 
 def identical(a: Any, b: Any) -> None:

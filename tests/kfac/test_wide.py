@@ -211,7 +211,7 @@ def test_rows_of_the_data_are_left_as_they_are(bias: str) -> None:
 def test_nothing_pulled_back_needs_no_wide_identity(bias: str) -> None:
     model, params, buffers, batch = problem("outputs")
     likelihood = ff.likelihoods.categorical()
-    options = {"fisher": "forward_only", "bias": bias}
+    options: dict[str, Any] = {"fisher": "forward_only", "bias": bias}
     full = ff.kfac(model, likelihood, **options)(params, buffers, batch)
     wide = ff.kfac(model, likelihood, widest=6, **options)(params, buffers, batch)
     forms = {b.outputs: b.output_form for b in wide.blocks}
