@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.oracle import Values
-from benchmarks.prepared import NotOffered, OneBatch, Prepared, no_mask, offered
+from benchmarks.prepared import NotOffered, OneBatch, Prepared, forget, no_mask, offered
 from benchmarks.workloads import Workload
 
 
@@ -98,13 +98,7 @@ def backpack(workload: Workload, quantity: str) -> Prepared:
     def values(raw: Values) -> Values:
         return {name: scale * v for name, v in raw.items()}
 
-    def reset() -> None:
-        module.zero_grad()
-        for p in module.parameters():
-            if hasattr(p, extension.savefield):
-                delattr(p, extension.savefield)
-
-    return Prepared(run, values, reset)
+    return Prepared(run, values, lambda: forget(module, extension.savefield))
 
 
 def asdl(workload: Workload, quantity: str) -> Prepared:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks.oracle import Values
-from benchmarks.prepared import NotOffered, OneBatch, Prepared, no_mask, offered
+from benchmarks.prepared import NotOffered, OneBatch, Prepared, forget, no_mask, offered
 from benchmarks.workloads import Workload
 
 IGNORED = -100  # what torch's losses leave out
@@ -104,13 +104,7 @@ def backpack(workload: Workload, quantity: str, options: Options = PLAIN) -> Pre
             found[f"A/{name}"] = factors[1] if len(factors) > 1 else _one(factors[0])
         return found
 
-    def reset() -> None:
-        module.zero_grad()
-        for p in module.parameters():
-            if hasattr(p, extension.savefield):
-                delattr(p, extension.savefield)
-
-    return Prepared(run, values, reset)
+    return Prepared(run, values, lambda: forget(module, extension.savefield))
 
 
 def asdl(workload: Workload, quantity: str, options: Options = PLAIN) -> Prepared:

@@ -7,12 +7,11 @@ What a library has no function for is `NotOffered`; what it fails on is its own 
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks import diagonal_peers, kronecker_peers, kronfluence_peer
-from benchmarks.prepared import NOT_THERE, NotOffered, Prepared
+from benchmarks.prepared import NOT_THERE, Library, NotOffered, Prepared
 from benchmarks.workloads import Workload
 
 __all__ = ["PEERS", "NotOffered", "Peer", "Prepared"]
@@ -23,16 +22,14 @@ Prepare = Callable[[Workload, str], Prepared]
 
 
 @dataclass(frozen=True)
-class Peer:
+class Peer(Library):
     """A library to compare with.
 
     Attributes:
-        distribution: What it is installed as.
         diagonals: Prepares diagonals and scores.
         kronecker: Prepares Kronecker factors and what is built from them.
     """
 
-    distribution: str
     diagonals: Prepare
     kronecker: Prepare
 
@@ -42,14 +39,6 @@ class Peer:
         return (self.kronecker if structure in ("kfac", "ekfac") else self.diagonals)(
             workload, quantity
         )
-
-    @property
-    def version(self) -> str | None:
-        """Its installed version."""
-        try:
-            return importlib.metadata.version(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return None
 
 
 def _missing(workload: Workload, quantity: str) -> Prepared:

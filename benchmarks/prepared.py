@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -39,6 +40,25 @@ class Prepared:
     reset: Callable[[], None] = _nothing
 
 
+@dataclass(frozen=True)
+class Library:
+    """A library to compare with.
+
+    Attributes:
+        distribution: What it is installed as.
+    """
+
+    distribution: str
+
+    @property
+    def version(self) -> str | None:
+        """Its installed version."""
+        try:
+            return importlib.metadata.version(self.distribution)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+
 class OneBatch(torch.utils.data.DataLoader[Any]):
     """A loader that yields one batch as it is, without the cost of collating it anew."""
 
@@ -51,6 +71,14 @@ class OneBatch(torch.utils.data.DataLoader[Any]):
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Yield the batch."""
         return iter([list(self._batch)])
+
+
+def forget(module: torch.nn.Module, field: str) -> None:
+    """Drop the gradients of a module, and what BackPACK left on its parameters."""
+    module.zero_grad()
+    for p in module.parameters():
+        if hasattr(p, field):
+            delattr(p, field)
 
 
 def offered(known: Mapping[str, T], quantity: str) -> T:

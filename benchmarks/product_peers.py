@@ -9,7 +9,6 @@ exception, which `attempt` alone catches.
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from benchmarks.oracle import Values
 from benchmarks.peers import NotOffered
+from benchmarks.prepared import Library
 from benchmarks.workloads import Workload
 
 NOT_OFFERED, FAILED = "not offered", "failed"
@@ -149,19 +149,10 @@ def pyhessian_hessian(workload: Workload) -> Any:
 
 
 @dataclass(frozen=True)
-class ProductPeer:
+class ProductPeer(Library):
     """A library to compare with."""
 
-    distribution: str
     prepare: Callable[[Workload, str], Products]
-
-    @property
-    def version(self) -> str | None:
-        """Its installed version."""
-        try:
-            return importlib.metadata.version(self.distribution)
-        except importlib.metadata.PackageNotFoundError:
-            return None
 
 
 PRODUCT_PEERS = {
