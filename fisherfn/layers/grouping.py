@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fisherfn.core.modes import transformed
 from fisherfn.groups.spec import GroupSpec, sum_runs
 from fisherfn.layers.convolution import Unfolded
 from fisherfn.layers.form import Form
@@ -220,7 +219,7 @@ def _weighted(x1: Sequence[Tensor], x2: Sequence[Tensor], y1: Tensor, y2: Tensor
 
 def _splits(t: int, like: Tensor) -> bool:
     """Return whether products of T positions are taken in halves; on a GPU calls cost more."""
-    return t >= _SPLIT and (like.device.type == "cpu" or transformed())
+    return t >= _SPLIT and like.device.type == "cpu"
 
 
 def _pairs(t: int, like: Tensor) -> int:
