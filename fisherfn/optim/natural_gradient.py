@@ -271,9 +271,11 @@ def natural_gradient(
             `levenberg_marquardt(...)` or `jeffreys(...)`.
         decay: Of the exponential average of the curvature; 0 uses the latest alone.
         update_every: Steps between two estimates of the curvature.
-        invert_every: Steps between two inversions of its average. Under `torch.compile`, where the
-            step has no value, everything is computed and the periods only choose; there, compile
-            one function with `update(..., refresh=True)` and one with `refresh=False`.
+        invert_every: Steps between two inversions of its average. With `decay=0` an estimate is
+            inverted when it is made, every `max(update_every, invert_every)` steps. Under
+            `torch.compile`, where the step has no value, everything is computed and the periods
+            only choose; there, compile one function with `update(..., refresh=True)` and one with
+            `refresh=False`.
         momentum: μ of v ← μ v + (F + λI)⁻¹ g, δ = -ε v; or "exact", with `learning_rate=None`: the
             last step is a second direction over which M is minimised.
         kl_clip: Largest ε² gᵀ(F + λI)⁻¹ g, about twice the divergence (in nats) of the model after

@@ -88,7 +88,6 @@ class Stream:
             key = random.fold_in(key, step.to(key.device))
         inverted, updated = self._now(step, first, refresh)
         if not self.decay:
-            # an estimate that is not inverted would be lost
             after = state if inverted is False else self._latest(params, buffers, batch, key)
             return after if isinstance(inverted, bool) else _choose(inverted, after, state)
         average = state.average
@@ -291,6 +290,13 @@ def stream(
             f"{caller}: expected invert to be a function, got {type(inverter).__name__}. Pass "
             "for instance functools.partial(optim.sharded_inverse, group=group)."
         )
+
+    if not decay:
+        # one period: an estimate that is not inverted would be lost
+        update_every = invert_every = max(update_every, invert_every)
+    elif update_every % invert_every == 0:
+        # an average that has not changed has the same inverse
+        invert_every = update_every
 
     def default(matrix: Any) -> Inverse:
         return invert(matrix, reused=invert_every > 1)

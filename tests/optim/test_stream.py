@@ -152,6 +152,40 @@ def test_without_an_average_the_latest_is_inverted() -> None:
         close(found[i].inverse.matrix.to_dense(), parts[j].to_dense())
 
 
+@pytest.mark.parametrize(
+    ("decay", "update", "invert", "estimates", "inverses"),
+    [
+        (0.0, 3, 1, [0, 3, 6], [0, 3, 6]),
+        (0.0, 3, 2, [0, 3, 6], [0, 3, 6]),
+        (0.0, 1, 3, [0, 3, 6], [0, 3, 6]),
+        (0.5, 3, 1, [0, 3, 6], [0, 3, 6]),  # what has not changed is not inverted again
+        (0.5, 3, 2, [0, 3, 6], [0, 2, 4, 6]),
+        (0.5, 1, 3, list(range(7)), [0, 3, 6]),
+    ],
+)
+def test_nothing_is_computed_before_it_is_due(
+    decay: float, update: int, invert: int, estimates: list[int], inverses: list[int]
+) -> None:
+    model, params, buffers = network()
+    fim = ff.kfac(model, LIK)
+    seen: dict[str, list[int]] = {"estimates": [], "inverses": []}
+
+    def estimator(*args: Any, **data: Any) -> Any:
+        seen["estimates"].append(number)
+        return fim(*args, **data)
+
+    def inverter(matrix: Any) -> optim.Inverse:
+        seen["inverses"].append(number)
+        return optim.invert(matrix)
+
+    options: Any = {"update_every": update, "invert_every": invert, "invert": inverter}
+    opt = optim.scale_by_fisher(estimator, damping=0.1, decay=decay, **options)
+    grads, state = trees.map(torch.ones_like, params), opt.init(params)
+    for number in range(7):
+        _, state = opt.update(grads, state, params, buffers=buffers, batch=data(number))
+    assert seen == {"estimates": estimates, "inverses": inverses}
+
+
 def test_without_a_batch_the_curvature_stays() -> None:
     model, params, buffers = network()
     opt = optim.scale_by_fisher(ff.kfac(model, LIK), damping=0.1, decay=0.9)
