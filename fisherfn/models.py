@@ -91,10 +91,8 @@ class FunctionalModel:
             if module.training:
                 raise UnsupportedError(
                     f"functional: expected {type(module).__name__} in evaluation mode, got "
-                    "training "
-                    f"mode at '{name}'. Its output is random or depends on the other examples, "
-                    "so no "
-                    "per-example score exists; call module.eval() first."
+                    f"training mode at '{name}'. Its output is random or depends on the other "
+                    "examples, so no per-example score exists; call module.eval() first."
                 )
 
 

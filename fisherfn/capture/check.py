@@ -105,8 +105,8 @@ def check_batch_size(model: Any, params: Any, buffers: Any, inputs: Any) -> None
                 if not bool(difference <= allowed * x[0].double().norm() + 1e-30):
                     raise UnsupportedError(
                         "capture: expected a model that treats examples apart, got one whose "
-                        "outputs "
-                        "change with the number of examples. Remove the branch on the batch size."
+                        "outputs change with the number of examples. Remove the branch on the "
+                        "batch size."
                     )
 
 

@@ -341,8 +341,7 @@ def refuse_checkpointing(error: RuntimeError) -> None:
         raise UnsupportedError(
             "capture: expected a model without activation checkpointing, got one whose layers run "
             "again in the backward pass. Switch it off (gradient_checkpointing_disable() on "
-            "Hugging "
-            "Face models); chunk_size= bounds the memory instead."
+            "Hugging Face models); chunk_size= bounds the memory instead."
         ) from error
 
 

@@ -36,8 +36,7 @@ class PlanMismatchError(UnsupportedError):
 def _mismatch(what: str) -> PlanMismatchError:
     return PlanMismatchError(
         f"capture: expected the calls of the plan, but {what}. The model's layers depend on the "
-        "data; "
-        "call the estimator once outside of the transformation with such data."
+        "data; call the estimator once outside of the transformation with such data."
     )
 
 

@@ -50,8 +50,7 @@ def check_options(
     if num_samples > 1 and fisher in ("exact", "empirical"):
         raise OptionError(
             f"{caller}: expected num_samples=1 for fisher={fisher!r}, got {num_samples}. Nothing "
-            "is "
-            "drawn there; use fisher='mc' or 'curvature_prop'."
+            "is drawn there; use fisher='mc' or 'curvature_prop'."
         )
     check_chunk_size(caller, chunk_size)
     return Labels(fisher, num_samples, unit)

@@ -219,8 +219,7 @@ def block_diagonal(
     if by not in ("leaf", "layer"):
         raise OptionError(
             f"block_diagonal: expected by='leaf' or 'layer', got {by!r}. A leaf is one tensor of "
-            "the "
-            "parameters; a layer has all tensors of one module."
+            "the parameters; a layer has all tensors of one module."
         )
     options = {
         "by": by,

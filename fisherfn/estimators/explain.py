@@ -100,8 +100,7 @@ class Explanation:
         captured = len(self.rows) - len(self.general)
         lines.append(
             f"{self.name}, fisher={self.fisher!r}: {len(self.rows)} parameters, {captured} "
-            "captured, "
-            f"{len(self.general)} on the general path; batch of {self.batch}, "
+            f"captured, {len(self.general)} on the general path; batch of {self.batch}, "
             f"{self.columns * self.num_samples} pull-back(s), {_short(self.multiplications)} "
             f"multiplications; {'checked against autograd' if self.checked else 'not checked'}"
         )

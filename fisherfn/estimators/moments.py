@@ -92,8 +92,7 @@ def gradient_moments(
     if fisher not in ("empirical", "mc"):
         raise OptionError(
             f"gradient_moments: expected fisher='empirical' or 'mc', got {fisher!r}. The mean "
-            "score "
-            "under the model's own labels is zero; diagonal() gives the mean square."
+            "score under the model's own labels is zero; diagonal() gives the mean square."
         )
     options = {"fisher": fisher, "num_samples": num_samples, "chunk_size": chunk_size}
     lik = resolve("gradient_moments", likelihood)

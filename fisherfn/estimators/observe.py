@@ -173,10 +173,8 @@ def check_budget(caller: str, labels: Labels, columns: int) -> None:
     if labels.fisher == "exact" and columns > EXACT_BUDGET:
         raise OptionError(
             f"{caller}: expected an exact Fisher of at most {EXACT_BUDGET} pull-backs, got "
-            f"{columns} "
-            "(positions times C - 1). Use fisher='mc' or fisher='curvature_prop', which are "
-            "unbiased "
-            "and need one, or fisher='empirical'."
+            f"{columns} (positions times C - 1). Use fisher='mc' or fisher='curvature_prop', which "
+            "are unbiased and need one, or fisher='empirical'."
         )
 
 
