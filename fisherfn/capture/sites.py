@@ -60,6 +60,8 @@ def rewritten(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dic
         return None
     arguments = {**_MHA_DEFAULTS, **dict(zip(_MHA_NAMES, args, strict=False)), **kwargs}
     known = arguments["static_k"] is None and arguments["static_v"] is None
+    if arguments["is_causal"] and arguments["attn_mask"] is None:
+        return None  # the original refuses that
     return arguments if known else None
 
 

@@ -66,6 +66,8 @@ def plain_attention(
             logits = torch.where(attn_mask, logits, float("-inf"))
         else:
             logits = logits + attn_mask
+    if attn_mask is None:
+        return torch.softmax(logits, -1) @ value
     # a row without any admissible key has no distribution; the kernels give zeros there
     empty = (logits == float("-inf")).all(-1, keepdim=True)
     weights = torch.softmax(torch.where(empty, 0.0, logits), -1)
@@ -113,19 +115,34 @@ def multi_head_attention(call: Callable[..., Any], arguments: dict[str, Any]) ->
         extra += 1
     size = e // heads
     q, k, v = (x.reshape(b, -1, heads, size).transpose(1, 2) for x in (q, k, v))
-    mask = _mask(arguments, b, heads, q.dtype, extra)
-    logits = q @ k.transpose(-1, -2) / math.sqrt(size)
-    if mask is not None:
-        logits = logits + mask
-    weights = torch.softmax(logits, -1)
-    mixed = (weights @ v).transpose(1, 2).reshape(b, t, e)
+    mixed, weights = _mixed(arguments, q, k, v, extra)
+    mixed = mixed.transpose(1, 2).reshape(b, t, e)
     out = call(F.linear, mixed, arguments["out_proj_weight"], arguments["out_proj_bias"])
     out = out.transpose(0, 1) if batched else out[0]
-    if not arguments["need_weights"]:
+    if weights is None:
         return out, None
     if arguments["average_attn_weights"]:
         weights = weights.mean(1)
     return out, weights if batched else weights[0]
+
+
+def _mixed(
+    arguments: dict[str, Any], q: Tensor, k: Tensor, v: Tensor, extra: int
+) -> tuple[Tensor, Tensor | None]:
+    """Return the values that attention mixes, and the weights if they are asked for.
+
+    Without them the original calls fused attention: a row that may look nowhere gives zeros and not
+    NaN. `is_causal` then takes the place of the mask it describes, and the keys that were added
+    come after every query.
+    """
+    if arguments["need_weights"]:
+        logits = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        mask = _mask(arguments, q, extra)
+        weights = torch.softmax(logits if mask is None else logits + mask, -1)
+        return weights @ v, weights
+    if arguments["is_causal"] and arguments["key_padding_mask"] is None:
+        return plain_attention(q, k, v, is_causal=True), None
+    return plain_attention(q, k, v, attn_mask=_mask(arguments, q, extra)), None
 
 
 def packed_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -152,15 +169,13 @@ def _projections(
     return first, second, third
 
 
-def _mask(
-    arguments: dict[str, Any], b: int, heads: int, dtype: torch.dtype, extra: int
-) -> Tensor | None:
+def _mask(arguments: dict[str, Any], q: Tensor, extra: int) -> Tensor | None:
     """Return the additive mask `[B or 1, H or 1, T or 1, S]` of both masks together."""
     mask, padding = arguments["attn_mask"], arguments["key_padding_mask"]
-    total = None
+    total, dtype = None, q.dtype
     if mask is not None:
         mask = _additive(mask, dtype)
-        mask = mask.reshape(b, heads, *mask.shape[-2:]) if mask.dim() == 3 else mask[None, None]
+        mask = mask.reshape(*q.shape[:2], *mask.shape[-2:]) if mask.dim() == 3 else mask[None, None]
         total = F.pad(mask, [0, extra])
     if padding is not None:
         padding = _additive(padding, dtype)

@@ -29,13 +29,15 @@ def _self(
     padding: Tensor | None = None,
     rows: int = B,
     need_weights: bool = False,
+    is_causal: bool = False,
     **options: Any,
 ) -> Built:
     """Self-attention; the data is always batch first outside."""
+    hints: dict[str, bool] = {"need_weights": need_weights, "is_causal": is_causal}
 
     def forward(m: Any, x: Tensor, pad: Tensor | None = None) -> Tensor:
         h = torch.sin(x) if batch_first else torch.sin(x).transpose(0, 1)
-        h, _ = m.attn(h, h, h, key_padding_mask=pad, attn_mask=mask, need_weights=need_weights)
+        h, _ = m.attn(h, h, h, key_padding_mask=pad, attn_mask=mask, **hints)
         return m.head(torch.tanh(h if batch_first else h.transpose(0, 1)))
 
     attn = nn.MultiheadAttention(E, H, batch_first=batch_first, **options)
@@ -164,6 +166,10 @@ ALL = table(
     Case("query_by_einsum", _query_by_einsum, general=("q",)),
     Case("mha_bias_kv", lambda: _self(add_bias_kv=True)),
     Case("mha_zero_attn", lambda: _self(add_zero_attn=True)),
+    Case(
+        "mha_causal_hint_zero_attn",
+        lambda: _self(mask=_causal(T), is_causal=True, add_zero_attn=True),
+    ),
     Case("mha_cross_packed", lambda: _cross()),
     Case("mha_cross_separate", lambda: _cross(kdim=3, vdim=6)),
     Case("mha_cross_separate_time_first", lambda: _cross(kdim=3, vdim=6, batch_first=False)),

@@ -15,6 +15,7 @@ import cases
 import fisherfn as ff
 import oracles
 from cases import Net, normal
+from fisherfn.capture.plain import PlainAttention
 from fisherfn.estimators.products import fallback
 from fisherfn.estimators.products.lookups import plain_embedding_bag
 from fisherfn.estimators.products.norms import (
@@ -224,6 +225,53 @@ def test_dropout_in_attention_is_refused(product: Any) -> None:
     batch = ff.Batch(normal(2, 4, 3), torch.zeros(2, 4, dtype=torch.int64))
     with pytest.raises(ff.UnsupportedError, match=r"dropout_p=0\.1"):
         product(model, LIK)(w, {}, batch, w)
+
+
+@pytest.mark.parametrize("options", [{}, {"add_bias_kv": True}, {"add_zero_attn": True}])
+@pytest.mark.parametrize("hints", [{}, {"is_causal": True}, {"need_weights": True}])
+@pytest.mark.parametrize("padded", [False, True])
+def test_plain_multi_head_attention_is_the_fused_one(
+    options: dict[str, bool], hints: dict[str, bool], padded: bool
+) -> None:
+    with cases.seeded(0):
+        attn = nn.MultiheadAttention(4, 2, batch_first=True, **options).double()
+    call = {
+        "attn_mask": torch.ones(3, 3, dtype=torch.bool).triu(1),
+        "key_padding_mask": torch.tensor([[False] * 3, [True] * 3]) if padded else None,
+        "need_weights": False,
+        **hints,
+    }
+    x = normal(2, 3, 4)
+    want = attn(x, x, x, **call)[0]
+    with PlainAttention():
+        got = attn(x, x, x, **call)[0]
+    torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12, equal_nan=True)
+
+
+def test_causal_hint_without_a_mask_is_refused_as_by_torch() -> None:
+    with cases.seeded(0):
+        attn, x = nn.MultiheadAttention(4, 2).double(), normal(3, 2, 4)
+    with PlainAttention(), pytest.raises(RuntimeError, match="is_causal hint"):
+        attn(x, x, x, is_causal=True, need_weights=False)
+
+
+def test_example_of_padding_alone_that_is_masked_leaves_the_others_alone() -> None:
+    with cases.seeded(0):
+        net = cases.Net(
+            lambda m, x, pad: m.head(m.attn(x, x, x, key_padding_mask=pad, need_weights=False)[0]),
+            attn=nn.MultiheadAttention(4, 2, batch_first=True), head=nn.Linear(4, 3),
+        ).double()  # fmt: skip
+    model, params, buffers = built(net)
+    x, pad = normal(3, 2, 4), torch.tensor([[False, False], [False, True], [True, True]])
+    args = params, buffers, ff.Batch((x, pad), mask=~pad)
+    v = vector(params)
+    want = ff.fisher_vp(model, LIK)(params, buffers, ff.Batch((x[:2], pad[:2]), mask=~pad[:2]), v)
+    assert_close(ff.fisher_vp(model, LIK)(*args, v), want, rtol=1e-10)
+    assert_close(
+        ff.diagonal(model, LIK)(*args).mv(v),
+        ff.diagonal(model, LIK)(params, buffers, ff.Batch((x[:2], pad[:2]), mask=~pad[:2])).mv(v),
+        rtol=1e-10,
+    )
 
 
 def test_dropout_in_multi_head_attention_is_refused() -> None:
