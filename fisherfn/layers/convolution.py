@@ -110,65 +110,77 @@ class Unfolded(Form):
 
     def pieces(self) -> Iterator[list[Outer]]:
         """Yield, a few examples at a time, the outer forms of rows of the window."""
-        for part in self._parts(self._rows_of_window):
-            yield list(part._bands())
+        places = math.prod(self.g.shape[4:])
+        _, o, i = self.shape
+        # through pairs of positions no score is made, beside which copying would be little
+        pairs = places * (o + i) <= o * i
+        rows = self._rows_of_bands if pairs else self._rows_of_window
+        for part in self._parts(rows):
+            yield list(part._bands(rows))
 
     def scores(self) -> Tensor:
         """Return the scores `[K, B, *shape]`."""
         with convolution_precision(self.g):
-            return self._assembled([band.scores() for band in self._bands()])
+            rows = self._rows_of_window
+            return self._assembled([band.scores() for band in self._bands(rows)])
 
     def square_sum(self, total: Tensor | None = None) -> Tensor:
         """Return `total` plus the sum of squared scores."""
-        sums: list[Tensor | None] = [None] * self._rows_of_window
+        rows = self._rows_of_window
+        sums: list[Tensor | None] = [None] * rows
         with convolution_precision(self.g):
-            for part in self._parts(self._rows_of_window):
-                for row, band in enumerate(part._bands()):
+            for part in self._parts(rows):
+                for row, band in enumerate(part._bands(rows)):
                     sums[row] = band.square_sum(sums[row])
         return accumulate(total, self._assembled([t for t in sums if t is not None]))
 
     def sum(self) -> Tensor:
         """Return the sum of the scores."""
-        sums: list[Tensor | None] = [None] * self._rows_of_window
+        rows = self._rows_of_window
+        sums: list[Tensor | None] = [None] * rows
         with convolution_precision(self.g):
-            for part in self._parts(self._rows_of_window):
-                for row, band in enumerate(part._bands()):
+            for part in self._parts(rows):
+                for row, band in enumerate(part._bands(rows)):
                     sums[row] = accumulate(sums[row], band.sum())
         return self._assembled([t for t in sums if t is not None])
 
     def norms(self) -> Tensor:
         """Return squared norms `[K, B]`."""
-        found = []
+        found, rows = [], self._rows_of_window
         with convolution_precision(self.g):
-            for part in self._parts(self._rows_of_window):
+            for part in self._parts(rows):
                 total = None
-                for band in part._bands():
+                for band in part._bands(rows):
                     total = accumulate(total, band.norms())
                 assert total is not None
                 found.append(total)
         return torch.cat(found, dim=1)
 
     @property
-    def _rows_of_window(self) -> int:
-        """How many rows of the window are contracted apart: all, or one, the whole window.
+    def _rows_of_bands(self) -> int:
+        """How many rows of the window can be contracted apart: all, or one, the whole window.
 
-        It is one where rows are narrow, where patches are kept, and on a CPU where copying them
-        takes little beside what is made of them.
+        It is one where rows are narrow, and where patches are kept.
         """
-        geometry = self.geometry
-        fixed, moving = self.g.shape[3:], self.x.shape[2:]
-        if self.transposed:
-            fixed, moving = moving, fixed
-        width = moving[0] // geometry.groups * math.prod(geometry.kernel[1:])
-        few = 2 * math.prod(fixed[1:]) < fixed[0] // geometry.groups
-        if self.memo is not None or width < _NARROW or (few and self.g.device.type == "cpu"):
-            return 1
-        return geometry.kernel[0]
+        kernel, moving = self.geometry.kernel, self.g if self.transposed else self.x
+        channels = moving.shape[3 if self.transposed else 2]
+        width = channels // self.geometry.groups * math.prod(kernel[1:])
+        return 1 if self.memo is not None or width < _NARROW else kernel[0]
 
-    def _bands(self) -> Iterator[Outer]:
+    @property
+    def _rows_of_window(self) -> int:
+        """How many rows of the window are contracted apart where scores are made.
+
+        It is one, too, on a CPU where copying patches takes little beside what is made of them.
+        """
+        fixed = self.x if self.transposed else self.g
+        channels, _, *inner = fixed.shape[2 if self.transposed else 3 :]
+        few = 2 * math.prod(inner) < channels // self.geometry.groups
+        return 1 if few and self.g.device.type == "cpu" else self._rows_of_bands
+
+    def _bands(self, rows: int) -> Iterator[Outer]:
         """Yield the outer form for each row of the window, or that of the whole window."""
-        whole = self._rows_of_window == 1
-        return self._cut(self.geometry.bands) if not whole else iter([self.outer()])
+        return self._cut(self.geometry.bands) if rows > 1 else iter([self.outer()])
 
     def _cut(self, cut: Callable[[Tensor, Sequence[int]], list[Tensor]]) -> Iterator[Outer]:
         """Yield the outer form of each piece that `cut` makes of what the window moves over."""

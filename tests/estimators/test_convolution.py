@@ -31,6 +31,10 @@ def test_rows_of_the_window(name: str, blocks: int, monkeypatch: pytest.MonkeyPa
     assert_close(rows, oracles.unravel(scores, s.params), rtol, "scores")
     norms = ff.score_norms(s.model, s.likelihood)(*s.args)
     assert_close(norms, scores.square().sum(1), rtol, "norms")
+    specs = ff.groups.infer(s.params, rules=[("", "channel")])
+    groups = ff.grouped(s.model, s.likelihood, specs, fisher="empirical")(*s.args)
+    squares = oracles.unravel(scores.square().mean(0), s.params)
+    assert_close(groups.values, ff.groups.reduce(squares, specs), rtol, "groups")
 
 
 @pytest.mark.parametrize(("channels", "rows"), [(10, 1), (11, 3)])
@@ -42,7 +46,7 @@ def test_narrow_windows_stay_whole(channels: int, rows: int) -> None:
     seen = ff.capture(model)(params, buffers, torch.zeros(2, channels, 4, 4))
     form = seen.pullback(torch.ones(2, 2, 2, 2))["weight"].uses[0][0]
     assert isinstance(form, convolution.Unfolded)
-    assert len(list(form._bands())) == rows
+    assert form._rows_of_window == rows
 
 
 @pytest.mark.gpu
