@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.parameter import is_lazy
 
 from fisherfn.core.errors import OptionError, TreeMismatchError, UnsupportedError
 from fisherfn.core.substitution import Substitution, turn
@@ -19,6 +20,7 @@ Params: TypeAlias = Any
 Model: TypeAlias = Callable[[Params, Any, Any], Any]
 
 _NOISY = (nn.modules.dropout._DropoutNd,)
+_LOOKUPS = (nn.Embedding, nn.EmbeddingBag)
 _BATCH_COUPLED = (nn.modules.batchnorm._BatchNorm,)
 
 
@@ -36,6 +38,11 @@ class FunctionalModel:
         self._suspects = [
             (name, m) for name, m in module.named_modules() if _has_training_behaviour(m)
         ]
+        self._renormed = [
+            (name, m)
+            for name, m in module.named_modules()
+            if isinstance(m, _LOOKUPS) and m.max_norm is not None
+        ]
         self._scripted = [
             name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)
         ]
@@ -47,11 +54,21 @@ class FunctionalModel:
     def __call__(self, params: Params, buffers: Any, inputs: Any) -> Any:
         """Run the module's forward with these parameters and buffers."""
         self._check_training()
+        self._check_lookups()
         self._check_forward_mode()
         args, kwargs = _arguments(inputs)
         kwargs = {**self._constants, **kwargs}
         state = self._state(params, buffers)
         return _pick_output(self._call(state, args, kwargs), self.output)
+
+    def _check_lookups(self) -> None:
+        for name, m in self._renormed:
+            if m.max_norm is not None:
+                raise UnsupportedError(
+                    f"functional: expected {type(m).__name__} to read its weight only, got "
+                    f"max_norm={m.max_norm} at '{name}', which rescales rows as they are read. "
+                    "Rescale the weight once, and set max_norm to None."
+                )
 
     def _check_forward_mode(self) -> None:
         if self._scripted and forward_ad._current_level >= 0:
@@ -121,7 +138,8 @@ def functional(
 
     Raises:
         OptionError: `module` is no module, or `select` chooses nothing or is no regular expression.
-        UnsupportedError: a selected parameter is not a floating-point tensor.
+        UnsupportedError: a selected parameter is not a floating-point tensor, or one of a lazy
+            module has no shape yet.
 
     Example:
         >>> model, params, buffers = functional(nn.Linear(3, 2))
@@ -137,7 +155,14 @@ def functional(
     params: dict[str, Tensor] = {}
     with turn(module):  # another thread may be running it
         named = list(module.named_parameters())
-        buffers: dict[str, Tensor] = {k: b.detach() for k, b in module.named_buffers()}
+        held = list(module.named_buffers())
+    for name, t in (*named, *held):
+        if is_lazy(t):
+            raise UnsupportedError(
+                f"functional: expected parameters that have a shape, got none yet at '{name}' "
+                f"({type(t).__name__}). Run one batch through the module first."
+            )
+    buffers: dict[str, Tensor] = {k: b.detach() for k, b in held}
     for name, p in named:
         wanted = chosen(name, p)
         explicit = select is not None and wanted

@@ -104,6 +104,7 @@ def check_params(caller: str, params: Any) -> list[Tensor]:
                 f"'{trees.paths(params)[i]}'. Gather it with .full_tensor() for the estimate; "
                 "ff.distributed says how FSDP2 and tensor parallelism are meant."
             )
+        _check_values(caller, "params", params, i, leaf)
         if not leaf.is_floating_point():
             raise ShapeError(
                 f"{caller}: expected floating-point params, got {leaf.dtype} at "
@@ -124,6 +125,7 @@ def check_batch(caller: str, batch: Any) -> int:
     for i, leaf in enumerate(trees.leaves(batch.inputs)):
         if not isinstance(leaf, Tensor):
             continue
+        _check_values(caller, "inputs", batch.inputs, i, leaf)
         if leaf.dim() == 0:
             raise ShapeError(
                 f"{caller}: expected the examples as leading axis, got a scalar at "
@@ -170,6 +172,14 @@ def check_batch(caller: str, batch: Any) -> int:
     return size
 
 
+def _check_values(caller: str, name: str, tree: Any, leaf: int, t: Tensor) -> None:
+    if t.device.type == "meta":
+        raise UnsupportedError(
+            f"{caller}: expected tensors with values, got one on the meta device at "
+            f"{_place(name, tree, leaf)}. Load the values first: a shape has no Fisher information."
+        )
+
+
 def _place(name: str, tree: Any, leaf: int) -> str:
     path = trees.paths(tree)[leaf]
     return f"{name}['{path}']" if path else name
@@ -200,6 +210,19 @@ def _check_weights(caller: str, weights: Any) -> None:
             f"at weights[{', '.join(map(str, bad))}]. Weights are multiplicities; leave examples "
             "out with the mask or with weight 0."
         )
+
+
+def check_devices(caller: str, batch: Batch, outputs: Any, *, targets_count: bool) -> None:
+    """Raise unless what a batch says of the outputs is where the outputs are."""
+    device = trees.leaves(outputs)[0].device
+    for name in ("mask", "weights", "positions", *(["targets"] if targets_count else [])):
+        tree = getattr(batch, name)
+        for i, leaf in enumerate(trees.leaves(tree)):
+            if isinstance(leaf, Tensor) and leaf.device != device:
+                raise ShapeError(
+                    f"{caller}: expected tensors on {device}, as the outputs are, got one on "
+                    f"{leaf.device} at {_place(name, tree, i)}. Move it to that device."
+                )
 
 
 def check_positions(caller: str, batch: Batch, shape: tuple[int, ...], unit: str) -> None:

@@ -126,6 +126,7 @@ class Observer:
             FisherError: outputs, mask, weights or targets do not fit each other.
         """
         self.likelihood.check_outputs(self.caller, outputs)
+        checks.check_devices(self.caller, self.batch, outputs, targets_count=targets_count)
         shape = self.likelihood.positions_shape(outputs)
         like = trees.leaves(outputs)[0]
         units = tuple(units)
@@ -147,6 +148,7 @@ class Observer:
         ids = self.batch.ids
         if ids is None:
             ids = torch.arange(self.size, device=like.device)
+        ids = ids.to(like.device)
         found = {}
         positions, weights = self.batch.positions, self.batch.weights
         full = (self.size, *shape[1:])

@@ -286,6 +286,12 @@ class Custom(base.Likelihood):
                 f"custom.log_prob: expected a tensor of shape {want}, got {got} from log_prob. "
                 "Sum over the event axes only; position_ndim says how many axes follow the batch."
             )
+        if not torch.compiler.is_dynamo_compiling() and _detached(outputs, value):
+            raise UnsupportedError(
+                "custom.log_prob: expected a differentiable function of the outputs, got one "
+                f"without derivative ({value.dtype}) from log_prob: every score would be zero. "
+                "Leave out detach(), item(), argmax and torch.no_grad()."
+            )
         return value
 
     def _root(self, what: str) -> Callable[[Any, Tensor], Any]:
@@ -309,6 +315,12 @@ class Custom(base.Likelihood):
 
 def _check_like(caller: str, name: str, got: Any, outputs: Any) -> None:
     trees.check_like(caller, name, got, outputs, like_name="outputs")
+
+
+def _detached(outputs: Any, value: Tensor) -> bool:
+    """Return True if a derivative by the outputs is being recorded, and none reaches the value."""
+    recorded = torch.is_grad_enabled() and any(x.requires_grad for x in trees.leaves(outputs))
+    return recorded and not value.requires_grad
 
 
 def _widen(tree: Any) -> Any:

@@ -82,6 +82,18 @@ BAD_BATCHES: dict[str, tuple[dict[str, Any], str]] = {
         {"inputs": (normal(B, T, 4), normal(B + 1, T, 4)), "targets": None},
         r"(?i)(leading|examples).*4|4.*(leading|examples)",
     ),
+    "inputs_without_values": (
+        {"inputs": torch.empty(B, T, 4, device="meta")},
+        r"meta .* at inputs",
+    ),
+    "mask_elsewhere": (
+        {"mask": torch.ones(B, T, dtype=torch.bool, device="meta")},
+        r"on cpu.* on meta at mask",
+    ),
+    "weights_elsewhere": (
+        {"weights": torch.ones(B, device="meta")},
+        r"on cpu.* on meta at weights",
+    ),
     "list_of_numbers": ({"inputs": [[0.0] * 4] * B}, r"inputs"),
     "no_inputs": ({"inputs": None}, r"inputs"),
 }
@@ -121,6 +133,10 @@ BAD_TARGETS: dict[str, tuple[Any, str]] = {
     "shape": (torch.zeros(B, T + 1, dtype=torch.int64), r"targets.*\(3, 3\)"),
     "one_hot": (torch.zeros(B, T, C, dtype=torch.int64), r"targets.*\(3, 2, 3\)"),
     "missing": (None, r"targets"),
+    "elsewhere": (
+        torch.zeros(B, T, dtype=torch.int64, device="meta"),
+        r"on cpu.* on meta at targets",
+    ),
 }
 
 

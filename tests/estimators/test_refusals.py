@@ -174,6 +174,21 @@ def test_integer_parameter_of_a_module() -> None:
         ff.functional(module, select="counts")
 
 
+def test_parameters_of_a_module_that_never_ran() -> None:
+    with pytest.raises(ff.UnsupportedError, match=r"functional.*'1\.weight'.*Run one batch"):
+        ff.functional(nn.Sequential(nn.Linear(2, 3), nn.LazyLinear(3)))
+    with pytest.raises(ff.UnsupportedError, match=r"functional.*'1\.running_mean'.*Run one batch"):
+        ff.functional(nn.Sequential(nn.Linear(2, 3), nn.LazyBatchNorm1d(affine=False)))
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=str)
+def test_parameters_without_values(member: testing.Member) -> None:
+    p = problem()
+    p.params["0.weight"] = torch.empty_like(p.params["0.weight"], device="meta")
+    with pytest.raises(ff.UnsupportedError, match=r"meta device at params\['0\.weight'\]"):
+        member.run(p)
+
+
 @pytest.mark.parametrize("params", [{}, None, {"w": 1.0}, []], ids=repr)
 def test_params_without_tensors(params: Any) -> None:
     p = problem()

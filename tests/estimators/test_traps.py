@@ -165,6 +165,21 @@ def test_parameters_that_the_model_changes_are_noticed() -> None:
                 estimator(*args)
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.EmbeddingBag])
+def test_rows_that_are_rescaled_as_they_are_read(kind: type[nn.Module]) -> None:
+    with cases.seeded(0):
+        module = kind(5, 3, max_norm=0.1).double()
+    model, params, buffers = ff.functional(module)
+    before = params["weight"].clone()
+    batch = ff.Batch(cases.tokens(4, 2, high=5))
+    estimator = ff.diagonal(model, ff.likelihoods.gaussian(1.0))
+    with pytest.raises(ff.UnsupportedError, match=r"max_norm=0\.1 at .* set max_norm to None"):
+        estimator(params, buffers, batch)
+    assert torch.equal(params["weight"], before)
+    module.max_norm = None
+    assert estimator(params, buffers, batch).trace() > 0
+
+
 def test_inputs_that_the_model_changes_are_left_alone() -> None:
     module = Net(lambda m, x: m.b(torch.tanh(m.a(x.mul_(2.0)))), **two()).double()
     model, params, buffers = ff.functional(module)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 
+import fisherfn as ff
 from fisherfn.core import random
 from fisherfn.core.errors import DataError, FisherError, OptionError, ShapeError, UnsupportedError
 from fisherfn.likelihoods import Custom, custom
@@ -223,6 +224,30 @@ def test_log_prob_of_the_wrong_shape() -> None:
                 ShapeError, match=rf"custom.log_prob: expected a tensor of shape \(2,\), got {got} "
             ):
                 function(z, y)
+
+
+@pytest.mark.parametrize(
+    "log_prob",
+    [
+        lambda z, y: (z.argmax(-1) == y).to(z.dtype),
+        lambda z, y: -(y - z.detach().sum(-1)).abs(),
+        lambda z, y: z.new_zeros(z.shape[:1]),
+    ],
+)
+def test_log_prob_without_derivative(log_prob: Callable[..., Tensor]) -> None:
+    likelihood, targets = custom(log_prob), torch.tensor([0, 1])
+    with pytest.raises(UnsupportedError, match=r"custom\.log_prob.*without derivative.*zero"):
+        likelihood.score(torch.ones(2, 3), targets)
+    model, params = (lambda params, buffers, x: x @ params["w"]), {"w": torch.ones(4, 3)}
+    batch = ff.Batch(torch.ones(2, 4), targets)
+    for estimator in (
+        ff.diagonal(model, likelihood, fisher="empirical"),
+        ff.per_sample_gradients(model, likelihood),
+    ):
+        with pytest.raises(UnsupportedError, match="without derivative"):
+            estimator(params, {}, batch)
+    with pytest.raises(UnsupportedError, match="without derivative"):
+        ff.hvp(model, likelihood)(params, {}, batch, params)
 
 
 def test_root_that_is_not_like_the_outputs(outputs: Outputs) -> None:
