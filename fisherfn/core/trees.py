@@ -84,6 +84,25 @@ def paths(tree: Tree) -> list[str]:
     return ["/".join([str(entry) for entry in path]) for path in found]
 
 
+def unique_paths(caller: str, tree: Tree) -> list[str]:
+    """Return `paths(tree)`, for functions that name leaves by them.
+
+    Raises:
+        TreeMismatchError: Two leaves have one path, such as those of the keys "a/b" and "a", "b".
+
+    >>> unique_paths("f", {"a": {"b": 1}, "c": 2})
+    ['a/b', 'c']
+    """
+    found = paths(tree)
+    if len(set(found)) != len(found):
+        twice = next(path for path in found if found.count(path) > 1)
+        raise TreeMismatchError(
+            f"{caller}: expected a path of its own for every leaf, got two leaves at {twice!r}. "
+            "Rename one: keys are joined by '/', and 1 reads like '1'."
+        )
+    return found
+
+
 def map(f: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     """Return the tree of f(leaf of `tree`, corresponding leaf of each tree of `rest`).
 

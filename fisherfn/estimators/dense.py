@@ -78,7 +78,7 @@ class BlockSum(OuterSum):
     def begin(self, params: Any) -> None:
         """Learn the groups from the parameters' paths."""
         layout = Layout.of(params)
-        place = {path: i for i, path in enumerate(layout.paths)}
+        place = {path: i for i, path in enumerate(trees.unique_paths("block_diagonal", params))}
         self.groups = [[place[p] for p in paths] for _, paths in _groups(layout, self.by)]
         self.blocks = [None] * len(self.groups)
         _check_size("block_diagonal", trees.leaves(params), self.groups)

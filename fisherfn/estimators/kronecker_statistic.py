@@ -84,7 +84,8 @@ class KroneckerStatistic(Statistic):
 
     def begin(self, params: Any) -> None:
         """Learn paths and shapes."""
-        self.paths, self.leaves = trees.paths(params), trees.leaves(params)
+        self.paths = trees.unique_paths(self.caller, params)
+        self.leaves = trees.leaves(params)
         for path in self.settings.partition or {}:
             if path not in self.paths:
                 raise OptionError(

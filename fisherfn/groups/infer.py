@@ -125,7 +125,8 @@ def infer(
         OptionError: Another `reduction`, a `bucket` that is no positive integer, a rule that is
             none, or something that is neither module nor configuration.
         ShapeError: The heads of the configuration do not divide a parameter.
-        TreeMismatchError: A parameter has another shape than in the module, or than a rule's spec.
+        TreeMismatchError: A parameter has another shape than in the module, or than a rule's spec,
+            or two parameters have one path.
 
     Cost: no arithmetic; parameters may be on the `meta` device.
 
@@ -146,7 +147,8 @@ def infer(
         make.check_bucket("infer", bucket)
     asked = _Asked(module_or_config, _rules(rules), bucket)
     specs: dict[str, GroupSpec] = {}
-    for path, leaf in zip(trees.paths(params), trees.leaves(params), strict=True):
+    paths = trees.unique_paths("groups.infer", params)
+    for path, leaf in zip(paths, trees.leaves(params), strict=True):
         if not isinstance(leaf, Tensor):
             raise TreeMismatchError(
                 f"groups.infer: expected params to hold tensors, got {type(leaf).__name__} at "

@@ -19,9 +19,10 @@ def check_leaves(caller: str, tree: Any, specs: Specs) -> dict[str, Tensor]:
     """Return the leaves of a tree by path, checked against the specs.
 
     Raises:
-        TreeMismatchError: A leaf has no spec or another shape, or a spec has no leaf.
+        TreeMismatchError: A leaf has no spec or another shape, or a spec has no leaf, or two leaves
+            have one path.
     """
-    leaves = dict(zip(trees.paths(tree), trees.leaves(tree), strict=True))
+    leaves = dict(zip(trees.unique_paths(caller, tree), trees.leaves(tree), strict=True))
     for path, leaf in leaves.items():
         if path not in specs:
             raise TreeMismatchError(

@@ -75,6 +75,7 @@ def layers(params: Any, *, by: str = "layer") -> dict[str, GroupSpec]:
 
     Raises:
         OptionError: Another `by`.
+        TreeMismatchError: Two parameters have one path.
 
     Example:
         >>> import torch
@@ -88,7 +89,7 @@ def layers(params: Any, *, by: str = "layer") -> dict[str, GroupSpec]:
             f"groups.layers: expected by= to be 'layer' or 'component', got {by!r}. For one group "
             "a parameter, use groups.whole."
         )
-    paths = trees.paths(params)
+    paths = trees.unique_paths("groups.layers", params)
     located = places(paths)
     return {
         path: whole(tuple(leaf.shape)).renamed(into=getattr(located[path], by), source="its name")

@@ -32,6 +32,8 @@ _NAMES = {
     "tensor": "tensor",
     "label": "behavioral_head",
 }
+#: All that stands for groups in older collections.
+_KNOWN = (*_NAMES.values(), "param", "bias", "row", "head_row", "head_col", "head_fused")
 
 
 def reading_of(state: Any) -> Any:
@@ -63,9 +65,10 @@ def entries_of(caller: str, reading: Any) -> list[tuple[str, str, Tensor]]:
 
     Raises:
         UnsupportedError: A representation without entries for each parameter or group.
+        TreeMismatchError: Two entries have one path.
     """
     if isinstance(reading, Diagonal):
-        return _by_path(reading.values, "param")
+        return _by_path(caller, reading.values)
     if isinstance(reading, Grouped):
         specs: dict[str, tuple[str, GroupSpec]] = {}
         for path, spec in reading.groups:
@@ -79,23 +82,24 @@ def entries_of(caller: str, reading: Any) -> list[tuple[str, str, Tensor]]:
         )
     if _is_parsed(reading):
         return [(path, group, x) for path, by in reading.items() for group, x in by.items()]
-    return _by_path(reading, "param")
+    return _by_path(caller, reading)
 
 
 def flat_key(task: str, path: str, group: str) -> str:
     """Return a key of the flat schema.
 
     Raises:
-        OptionError: A part has "|" in it.
+        OptionError: A part has "|" in it, or there is nothing of it.
 
     >>> flat_key("math", "layers.0.weight", "channel")
     'math|layers.0.weight|channel'
     """
     for part in (task, path, group):
-        if "|" in part:
+        if "|" in part or not part:
             raise OptionError(
                 f"TaskStore.to_flat: expected names without '|', which separates them, got "
-                f"{part!r}. Rename it, or save the store with ff.io."
+                f"{part!r}. Rename it (a tensor that is the whole tree has no name: put it into a "
+                "dict), or save the store with ff.io."
             )
     return f"{task}|{path}|{group}"
 
@@ -104,7 +108,7 @@ def parsed(flat: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]
     """Return the tensors of the flat schema by task, path and group.
 
     Raises:
-        DataError: A key of another form, or a value that is no tensor.
+        DataError: A key of another form, an unknown group, or a value that is no tensor.
     """
     found: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, x in flat.items():
@@ -113,6 +117,11 @@ def parsed(flat: Mapping[str, Tensor]) -> dict[str, dict[str, dict[str, Tensor]]
             raise DataError(
                 f"TaskStore.from_flat: expected keys of the form 'task|param|group', got {key!r}. "
                 "Older keys 'task_param' do not say where the task ends: rename them."
+            )
+        if parts[2] not in _KNOWN:
+            raise DataError(
+                f"TaskStore.from_flat: expected one of the groups {list(_KNOWN)}, got {key!r}. "
+                "Rename it to the one that it is."
             )
         if not isinstance(x, Tensor):
             raise DataError(
@@ -160,8 +169,9 @@ def _filled(like: Any, leaves: list[Tensor]) -> Any:
     return trees.unflatten(trees.structure(like), leaves)
 
 
-def _by_path(tree: Any, group: str) -> list[tuple[str, str, Tensor]]:
-    return [(p, group, x) for p, x in zip(trees.paths(tree), trees.leaves(tree), strict=True)]
+def _by_path(caller: str, tree: Any) -> list[tuple[str, str, Tensor]]:
+    paths = trees.unique_paths(caller, tree)
+    return [(path, "param", x) for path, x in zip(paths, trees.leaves(tree), strict=True)]
 
 
 def _group(path: str, spec: GroupSpec) -> str:
@@ -173,9 +183,8 @@ def _group(path: str, spec: GroupSpec) -> str:
 
 def _is_parsed(reading: Any) -> bool:
     """Return whether a tree is what `parsed` makes of a task."""
-    known = {*_NAMES.values(), "param", "bias", "row"}
     return (
         isinstance(reading, dict)
         and bool(reading)
-        and all(isinstance(by, dict) and by and known.issuperset(by) for by in reading.values())
+        and all(isinstance(by, dict) and by and set(_KNOWN) >= set(by) for by in reading.values())
     )

@@ -231,7 +231,8 @@ class TaskStore(Mapping[str, Any]):
             The entries alone: counts, kinds and anchors have no place in this schema.
 
         Raises:
-            OptionError: A path has "|" in it.
+            OptionError: A path has "|" in it, or is empty.
+            TreeMismatchError: Two entries have one path.
             UnsupportedError: A representation that has no entry for each parameter or group.
         """
         flat: dict[str, Tensor] = {}
@@ -254,7 +255,7 @@ class TaskStore(Mapping[str, Any]):
             A store; `to_flat` gives `flat` back.
 
         Raises:
-            DataError: A key of another form, or a value that is no tensor.
+            DataError: A key of another form, an unknown group, or a value that is no tensor.
             OptionError: `like` lacks a task or an entry, or has others.
             TreeMismatchError: An entry of another shape than in `like`.
         """

@@ -152,6 +152,19 @@ def test_plain_trees_are_flat_too() -> None:
     close(TaskStore.from_flat(store.to_flat(), like=store), store, 0.0)
 
 
+LEGACY = ("channel", "head", "head_row", "head_col", "head_fused", "token", "vocab_bucket")
+
+
+@pytest.mark.parametrize("group", [*LEGACY, "row", "bias", "param", "behavioral_head", "tensor"])
+def test_every_group_of_older_collections_is_read(group: str) -> None:
+    flat = {f"math|0.weight|{group}": torch.arange(3.0), "math|0.bias|bias": torch.ones(2)}
+    store = TaskStore.from_flat(flat)
+    assert torch.equal(store.leaf("math", "0.weight"), flat[f"math|0.weight|{group}"])
+    again = store.to_flat()
+    assert list(again) == list(flat)
+    assert all(torch.equal(again[key], x) for key, x in flat.items())
+
+
 X = torch.ones(2)
 STORE = TaskStore().put("a", {"w": X})
 
@@ -187,6 +200,8 @@ STORE = TaskStore().put("a", {"w": X})
         ),
         (lambda: TaskStore.from_flat({"a_w": X}), DataError, "form .* got 'a_w'. Older keys"),
         (lambda: TaskStore.from_flat({"a||c": X}), DataError, r"form .* got 'a\|\|c'"),
+        (lambda: TaskStore.from_flat({"a|w|rows": X}), DataError, r"groups .* got 'a\|w\|rows'"),
+        (lambda: STORE.put("b", X).to_flat(), OptionError, "to_flat: .* got ''. Rename it"),
         (lambda: TaskStore.from_flat({"a|w|param": 1}), DataError, r"tensors, got int at 'a\|w"),  # type: ignore[arg-type]
         (
             lambda: TaskStore.from_flat({"b|w|param": X}, like=STORE),
