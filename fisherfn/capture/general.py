@@ -76,7 +76,8 @@ def scores(
 def _composed_pull(
     forward: Callable[[list[Tensor]], Any], chosen: list[Tensor], cotangents: Sequence[Any]
 ) -> list[Sequence[Tensor]]:
-    pull = torch.func.vjp(forward, chosen)[1]
+    with PlainAttention():
+        pull = torch.func.vjp(forward, chosen)[1]
     return [pull(c)[0] for c in cotangents]
 
 

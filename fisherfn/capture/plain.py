@@ -12,6 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from fisherfn.capture.sites import is_attention, refuse_noise, rewritten
 from fisherfn.layers import attention
+from fisherfn.layers.bag import composable
 
 
 class PlainAttention(TorchFunctionMode):
@@ -35,4 +36,4 @@ class PlainAttention(TorchFunctionMode):
 
     def other(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run any other call."""
-        return function(*args, **kwargs)
+        return composable(function, args, kwargs)(*args, **kwargs)

@@ -24,6 +24,7 @@ from fisherfn.capture.sites import Tracker, is_attention, refuse_noise, rewritte
 from fisherfn.core.errors import UnsupportedError
 from fisherfn.core.modes import version
 from fisherfn.layers import attention
+from fisherfn.layers.bag import composable
 from fisherfn.layers.form import Form
 from fisherfn.layers.registry import bind, rule_for
 from fisherfn.layers.views import View
@@ -52,7 +53,7 @@ class Tape(TorchFunctionMode):
         *,
         plain: bool,
     ) -> None:
-        """Call `tap(index, tap, output)` at each tapped call; `plain` rewrites fused attention."""
+        """Call `tap(index, tap, output)` at each tapped call; `plain` rewrites what is fused."""
         super().__init__()
         self.tracker = Tracker(leaves)
         self.taps = {t.number: (i, t) for i, t in enumerate(plan.taps)}
@@ -78,8 +79,10 @@ class Tape(TorchFunctionMode):
         arguments = rewritten(function, args, kwargs)
         if arguments is not None:
             return attention.multi_head_attention(self.call, arguments)
-        if self.plain and is_attention(function):
-            return attention.plain_attention(*args, **kwargs)
+        if self.plain:
+            if is_attention(function):
+                return attention.plain_attention(*args, **kwargs)
+            function = composable(function, args, kwargs)
         refuse_noise(function, args, kwargs)
         touched = self.tracker.touched(args, kwargs)
         out = function(*args, **kwargs)

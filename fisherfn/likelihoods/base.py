@@ -132,8 +132,9 @@ class Likelihood(ABC):
         """Raise unless there are targets whose structure fits the outputs; no value is read."""
         if targets is None:
             raise DataError(
-                f"{caller}: expected targets, got None at targets. Give Batch(targets=...), or use "
-                "fisher='exact', 'mc' or 'curvature_prop', which do not look at targets."
+                f"{caller}: expected targets, got None at targets. Give "
+                "Batch(targets=...). Where there is a choice of fisher=, 'exact', 'mc' and "
+                "'curvature_prop' do not look at targets."
             )
         self.check_outputs(caller, outputs)
         self.check_structure(caller, outputs, targets)

@@ -17,13 +17,13 @@ import oracles
 from cases import Net, normal
 from fisherfn.capture.plain import PlainAttention
 from fisherfn.estimators.products import fallback
-from fisherfn.estimators.products.lookups import plain_embedding_bag
 from fisherfn.estimators.products.norms import (
     plain_instance_norm,
     plain_layer_norm,
     plain_weight_norm,
 )
 from fisherfn.layers.attention import plain_attention
+from fisherfn.layers.bag import plain_embedding_bag
 from fisherfn.testing import assert_close
 
 LIK = ff.likelihoods.categorical()
@@ -297,6 +297,26 @@ def test_plain_embedding_bag_is_the_fused_one(mode: str, padding: int | None) ->
     want = F.embedding_bag(index, weight, mode=mode, padding_idx=padding)
     got = plain_embedding_bag(index, weight, mode=mode, padding_idx=padding)
     assert_close(got, want, rtol=1e-12)
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_diagonal_of_an_embedding_bag_has_a_derivative(mode: str) -> None:
+    with cases.seeded(0):
+        net = Net(lambda m, x: m.head(torch.tanh(m.bag(x))), bag=nn.EmbeddingBag(7, 4, mode=mode),
+                  head=nn.Linear(4, 3)).double()  # fmt: skip
+    model, params, buffers = built(net)
+    batch = ff.Batch(torch.tensor([[0, 1, 4], [1, 1, 1], [2, 4, 6]]))
+    diagonal = ff.diagonal(model, LIK)
+
+    def trace(p: Any) -> Tensor:
+        return diagonal(p, buffers, batch).trace()
+
+    slope, v = torch.func.grad(trace)(params), vector(params)
+    start, unravel = ff.tree.ravel(params)
+    step = ff.tree.ravel(v)[0]
+    want = oracles.central_difference(lambda p: trace(unravel(p)), start, step)
+    assert_close(ff.tree.dot(slope, v), want, rtol=1e-7)
+    assert_close(torch.func.jvp(trace, (params,), (v,))[1], want, rtol=1e-7)
 
 
 def test_weighted_embedding_bag() -> None:

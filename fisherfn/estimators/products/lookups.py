@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherfn.core.errors import UnsupportedError
+from fisherfn.layers.bag import plain_embedding_bag, refuse_options
 
 
 def plain_embedding(
@@ -42,7 +42,7 @@ def plain_embedding(
     Raises:
         UnsupportedError: the module changes its weight, or its gradient is not its derivative.
     """
-    _refuse("embedding", max_norm, scale_grad_by_freq)
+    refuse_options("embedding", max_norm, scale_grad_by_freq)
     rows = F.embedding(input, weight)
     if padding_idx is None:
         return rows
@@ -50,74 +50,7 @@ def plain_embedding(
     return torch.where(padding, rows.detach(), rows)
 
 
-def plain_embedding_bag(
-    input: Tensor,
-    weight: Tensor,
-    offsets: Tensor | None = None,
-    max_norm: float | None = None,
-    norm_type: float = 2,
-    scale_grad_by_freq: bool = False,
-    mode: str = "mean",
-    sparse: bool = False,
-    per_sample_weights: Tensor | None = None,
-    include_last_offset: bool = False,
-    padding_idx: int | None = None,
-) -> Tensor:
-    """Return a sum, mean or maximum of rows for each row of `input`, without `padding_idx`.
-
-    Args:
-        input: Integers `[B, L]`.
-        weight: `[V, D]`.
-        offsets: Must be None.
-        max_norm: Must be None.
-        norm_type: Unused.
-        scale_grad_by_freq: Must be False.
-        mode: "sum", "mean" or "max".
-        sparse: How gradients are stored; products are dense.
-        per_sample_weights: `[B, L]`, factors of the rows in a sum.
-        include_last_offset: Unused without offsets.
-        padding_idx: Row that is left out.
-
-    Returns:
-        `[B, D]`.
-
-    Raises:
-        UnsupportedError: bags of different lengths, or as for `plain_embedding`.
-    """
-    _refuse("embedding_bag", max_norm, scale_grad_by_freq)
-    if offsets is not None or input.dim() != 2:
-        raise UnsupportedError(
-            "fisher_vp: expected bags of one length, [B, L], got embedding_bag with offsets. Pad "
-            "the bags and pass padding_idx."
-        )
-    rows = F.embedding(input, weight)
-    if per_sample_weights is not None:
-        rows = rows * per_sample_weights.unsqueeze(-1)
-    kept = torch.ones_like(input, dtype=torch.bool)
-    if padding_idx is not None:
-        kept = input != padding_idx % weight.shape[0]
-    kept = kept.unsqueeze(-1)
-    if mode == "max":
-        found = torch.where(kept, rows, float("-inf")).amax(1)
-        return torch.where(kept.any(1), found, 0.0)
-    total = torch.where(kept, rows, 0.0).sum(1)
-    return total if mode == "sum" else total / kept.sum(1).clamp(min=1)
-
-
 REWRITTEN: dict[Any, Any] = {
     F.embedding: plain_embedding,
     F.embedding_bag: plain_embedding_bag,
 }
-
-
-def _refuse(name: str, max_norm: float | None, scale_grad_by_freq: bool) -> None:
-    if max_norm is not None:
-        raise UnsupportedError(
-            f"fisher_vp: expected a model that does not change its parameters, got {name} with "
-            f"max_norm={max_norm}. Normalise the weight once, before."
-        )
-    if scale_grad_by_freq:
-        raise UnsupportedError(
-            f"fisher_vp: expected gradients that are derivatives, got {name} with "
-            "scale_grad_by_freq=True. Switch it off."
-        )
