@@ -163,7 +163,7 @@ def ekfac(
         OptionError: an option does not exist, or the combination makes no sense.
 
     Cost: that of `kfac`, the eigendecompositions, and a pass like that of `diagonal` with inputs
-    and cotangents rotated first. With a basis, the last pass alone.
+    and cotangents, or the scores, rotated. With a basis, the last pass alone.
 
     Reference: George, Laurent, Bouthillier, Ballas & Vincent (2018), Fast approximate natural
     gradient descent in a Kronecker-factored eigenbasis, algorithm 1.

@@ -1,5 +1,8 @@
 """Squares of scores in a Kronecker basis: inputs and cotangents are rotated, then contracted.
 
+Where an example has more positions than a score has rows, as in the first layers of a convolutional
+network, the score is contracted first and rotated itself.
+
 Tensor format: as in `fisherfn.layers.kronecker`; bases are [R, n, k] with orthonormal columns.
 """
 
@@ -12,6 +15,7 @@ from torch import Tensor
 
 from fisherfn.layers.form import Form
 from fisherfn.layers.lookup import Lookup
+from fisherfn.layers.numerics import accumulate, blocks, sum_of_squares
 from fisherfn.layers.outer import Outer
 
 
@@ -53,19 +57,18 @@ def rotated_squares(
     a, g = form.a, form.g
     if a.shape[1] > 1 and a.stride(1) == 0:
         a = a[:, :1]
-    right = inputs.to(a.dtype)
+    right, left = inputs.to(a.dtype), outputs.to(g.dtype)
+    if parts > 1:
+        g = g.unflatten(-1, (parts, -1)).movedim(-2, 3).flatten(2, 3)
+    if not any(thin) and len(g) * g.shape[-1] < g.shape[-2]:
+        return _of_turned_scores(a, g, left, right, bias=bias, factor=factor)
     turned_a = _turned(a, right[:, :-1] if bias else right)
     if factor != 1:
         turned_a = turned_a * factor
     if bias:
         turned_a = turned_a + right[:, -1:]
-    if parts > 1:
-        g = g.unflatten(-1, (parts, -1)).movedim(-2, 3).flatten(2, 3)
-    turned_g = _turned(g, outputs.to(g.dtype))
-    r = g.shape[2]
-    if turned_a.shape[1] not in (1, r):
-        turned_a = turned_a.repeat_interleave(r // turned_a.shape[1], 1)
-    turned_a = turned_a.expand(-1, r, -1, -1)
+    turned_g = _turned(g, left)
+    turned_a = _repeated(turned_a, g.shape[2])
     found = Outer(turned_a, turned_g).square_sum()
     if not any(thin):
         return found
@@ -73,6 +76,33 @@ def rotated_squares(
     if bias:
         whole_a = torch.cat([whole_a, torch.ones_like(a[..., :1])], -1)
     return _with_rest(found, (turned_a, whole_a), (turned_g, g), thin)
+
+
+def _of_turned_scores(
+    a: Tensor, g: Tensor, left: Tensor, right: Tensor, *, bias: bool, factor: float
+) -> Tensor:
+    """Return what `rotated_squares` does, from scores that are formed before they are rotated."""
+    late = a.shape[-1] < a.shape[-2]  # the cotangents, too, have more positions than a score rows
+    outer = Outer(_repeated(a, g.shape[2]), g if late else _turned(g, left))
+    total = None
+    for start, stop in blocks(outer.batch, 2 * outer.score_bytes, a):
+        part = outer.part(start, stop)
+        s = part.scores()
+        if factor != 1:
+            s = s * factor
+        if bias:
+            s = torch.cat([s, part.g.sum(-2).unsqueeze(-1)], -1)
+        s = _turned(s, right)
+        total = accumulate(total, sum_of_squares(left.mT @ s if late else s, own=True))
+    assert total is not None
+    return total
+
+
+def _repeated(a: Tensor, groups: int) -> Tensor:
+    """Return inputs [B, R or 1, T, I] once for each of so many groups of outputs."""
+    if a.shape[1] not in (1, groups):
+        return a.repeat_interleave(groups // a.shape[1], 1)
+    return a.expand(-1, groups, -1, -1)
 
 
 def _turned(x: Tensor, basis: Tensor) -> Tensor:
