@@ -29,7 +29,7 @@ from fisherfn.layers.outer import Outer
 
 # Products of fewer columns are not split, and others so many times: starting one costs more than it
 # saves, on a GPU more so.
-_SPLIT = {"cpu": 64, "other": 256}
+_SPLIT = {"cpu": 96, "other": 256}
 _DEPTH = {"cpu": 2, "other": 1}
 
 
