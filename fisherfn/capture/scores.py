@@ -18,12 +18,12 @@ from fisherfn.capture.engines import Receiver, Run, needs_composition, size_of, 
 from fisherfn.capture.plan import Plan
 from fisherfn.capture.tape import forms_of
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide
 from fisherfn.core.modes import transformed
 from fisherfn.layers.direct import Direct
 from fisherfn.layers.form import Form
 from fisherfn.layers.leaf import LeafScores
 from fisherfn.layers.memo import Budget, Memo
-from fisherfn.layers.numerics import wide
 from fisherfn.layers.views import View
 
 #: Takes the index of a parameter and its scores for the columns that were pulled back.

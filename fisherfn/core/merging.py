@@ -21,6 +21,7 @@ from typing import Any, NoReturn, TypeVar, cast
 import torch
 from torch import Tensor
 
+from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError, TreeMismatchError, UnsupportedError
 
 R = TypeVar("R")
@@ -83,7 +84,7 @@ def merge_weights(count_a: Tensor, count_b: Tensor) -> tuple[Tensor, Tensor, Ten
     (tensor(0.2500, dtype=torch.float64), tensor(0.7500, dtype=torch.float64), tensor(4.))
     """
     # Counts may be float32 beside values in float64, whose shares have to be as exact as they are.
-    dtype = torch.float32 if count_a.device.type == "mps" else torch.float64
+    dtype = working_dtype(count_a)
     total = count_a + count_b
     safe = torch.where(total == 0, torch.ones_like(total), total).to(dtype)
     return count_a.to(dtype) / safe, count_b.to(dtype) / safe, total

@@ -35,11 +35,12 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import OptionError, ShapeError, UnsupportedError
 from fisherfn.core.merging import joined_count, merge_weights, toward
 from fisherfn.core.modes import Unmixed, concrete
 from fisherfn.core.trees import Tree
-from fisherfn.curvature.common import Scalar, combine, hypot, is_number, scalar_like, wide
+from fisherfn.curvature.common import Scalar, combine, hypot, is_number, scalar_like
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide, widest
 from fisherfn.core.errors import ShapeError
 from fisherfn.core.trees import Tree
 from fisherfn.curvature import spd
@@ -28,8 +29,6 @@ from fisherfn.curvature.common import (
     poison,
     require,
     total,
-    wide,
-    widest,
 )
 from fisherfn.curvature.layout import Layout
 

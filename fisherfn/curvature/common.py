@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide, widest, working_dtype
 from fisherfn.core.errors import NotPositiveDefiniteError, OptionError, ShapeError
 from fisherfn.core.modes import concrete
 
@@ -127,19 +128,6 @@ def norm(tensors: Sequence[Tensor], like: Tensor) -> Tensor:
     return torch.linalg.vector_norm(stacked).to(widest(tensors))
 
 
-def widest(tensors: Sequence[Tensor]) -> torch.dtype:
-    """Return the common dtype of tensors, float32 or wider."""
-    dtype = torch.float32
-    for tensor in tensors:
-        dtype = torch.promote_types(dtype, tensor.dtype)
-    return dtype
-
-
-def working_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype for delicate sums and factorisations: float64 where the device has it."""
-    return torch.float32 if x.device.type == "mps" else torch.float64
-
-
 def require(
     caller: str,
     need: str,
@@ -182,11 +170,6 @@ def poison(good: Tensor | None, x: Tensor) -> Tensor:
     if good is None:
         return x
     return torch.where(good.to(x.device), x, torch.full_like(x, math.nan))
-
-
-def wide(x: Tensor) -> Tensor:
-    """Return a tensor in float32 or wider."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def check_floating(caller: str, name: str, leaves: Sequence[Tensor], paths: Sequence[str]) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import TreeMismatchError
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.base import Curvature
@@ -28,7 +29,6 @@ from fisherfn.curvature.common import (
     require,
     scalar_like,
     total,
-    wide,
 )
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide, widest
 from fisherfn.core.errors import OptionError
 from fisherfn.core.merging import merge_weights
 from fisherfn.core.modes import concrete
@@ -31,8 +32,6 @@ from fisherfn.curvature.common import (
     require,
     scalar_like,
     total,
-    wide,
-    widest,
 )
 from fisherfn.curvature.kronecker import Block
 from fisherfn.curvature.kronecker_base import Kronecker

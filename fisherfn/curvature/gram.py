@@ -15,8 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fisherfn.core.dtypes import working_dtype
 from fisherfn.curvature import spd
-from fisherfn.curvature.common import Scalar, scalar_like, working_dtype
+from fisherfn.curvature.common import Scalar, scalar_like
 
 # Entries of the rows that are converted to float64 at once.
 _BLOCK = 2**22

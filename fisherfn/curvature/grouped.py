@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import OptionError, TreeMismatchError
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.base import Curvature
@@ -29,7 +30,6 @@ from fisherfn.curvature.common import (
     require,
     scalar_like,
     total,
-    wide,
 )
 from fisherfn.curvature.diagonal import Diagonal, check_tensors
 from fisherfn.curvature.layout import Layout

@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide, widest
 from fisherfn.core.errors import NotPositiveDefiniteError, OptionError, UnsupportedError
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.base import Curvature
-from fisherfn.curvature.common import Scalar, check_damping, scalar_like, wide, widest
+from fisherfn.curvature.common import Scalar, check_damping, scalar_like
 from fisherfn.curvature.layout import Layout
 from fisherfn.linalg import cg
 

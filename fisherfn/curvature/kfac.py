@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide, widest
 from fisherfn.core.errors import OptionError
 from fisherfn.core.merging import merge_weights
 from fisherfn.core.trees import Tree
@@ -34,8 +35,6 @@ from fisherfn.curvature.common import (
     require,
     scalar_like,
     total,
-    wide,
-    widest,
 )
 from fisherfn.curvature.ekfac import EKFAC
 from fisherfn.curvature.kronecker import Block

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherfn.curvature.common import wide, widest
+from fisherfn.core.dtypes import wide, widest
 
 #: ("slice", dim, start, stop, size), ("permute", dims) or ("reshape", source, target).
 Step: TypeAlias = "tuple[Any, ...]"

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import OptionError, ShapeError, TreeMismatchError
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.base import Curvature
@@ -24,7 +25,6 @@ from fisherfn.curvature.common import (
     check_floating,
     combine,
     scalar_like,
-    wide,
 )
 from fisherfn.curvature.kronecker import Block, block_from
 from fisherfn.curvature.layout import Layout

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import random
+from fisherfn.core.dtypes import wide, working_dtype
 from fisherfn.core.modes import concrete, in_functorch
-from fisherfn.curvature.common import Scalar, wide, working_dtype
+from fisherfn.curvature.common import Scalar
 
 # Matrices up to this size are copied into one stack; beyond it a batched call gains nothing.
 _STACKED = 1024

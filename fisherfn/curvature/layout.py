@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import random, trees
+from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import TreeMismatchError, UnsupportedError
 from fisherfn.core.trees import Tree
-from fisherfn.curvature.common import at, check_floating, wide
+from fisherfn.curvature.common import at, check_floating
 
 # A node is (kind, keys, children); a leaf is its position; None is None. The kind is "dict",
 # "OrderedDict", "list", "tuple", or the class of a NamedTuple.

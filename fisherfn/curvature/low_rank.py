@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide, working_dtype
 from fisherfn.core.errors import OptionError
 from fisherfn.core.trees import Tree
 from fisherfn.curvature import gram, spd
@@ -33,8 +34,6 @@ from fisherfn.curvature.common import (
     poison,
     require,
     scalar_like,
-    wide,
-    working_dtype,
 )
 from fisherfn.curvature.dense import Dense
 from fisherfn.curvature.layout import Layout

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.base import Result
-from fisherfn.curvature.common import Scalar, check_number, combine, scalar_like, wide
+from fisherfn.curvature.common import Scalar, check_number, combine, scalar_like
 from fisherfn.curvature.diagonal import check_tensors
 
 if TYPE_CHECKING:

@@ -13,18 +13,12 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide, widest, working_dtype
 from fisherfn.core.errors import ShapeError, UnsupportedError
 from fisherfn.core.trees import Tree
 from fisherfn.curvature import gram
 from fisherfn.curvature.base import Curvature
-from fisherfn.curvature.common import (
-    at,
-    norm,
-    total,
-    wide,
-    widest,
-    working_dtype,
-)
+from fisherfn.curvature.common import at, norm, total
 from fisherfn.curvature.diagonal import check_tensors
 
 

@@ -22,7 +22,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fisherfn.curvature.common import Scalar, scalar_like, working_dtype
+from fisherfn.core.dtypes import working_dtype
+from fisherfn.curvature.common import Scalar, scalar_like
 
 _GUARD = 100.0
 

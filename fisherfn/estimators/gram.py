@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError
 from fisherfn.estimators import checks
 from fisherfn.estimators.estimator import Estimator
@@ -61,8 +62,8 @@ class ColumnGram(Statistic):
         total: Tensor | None = None
         for i in range(len(frame.leaves)):
             gram = LeafScores.stacked(self._chunks.pop(i)).gram()
-            small = gram if gram.device.type == "mps" else gram.double()
-            total = small if total is None else total + small.to(total.device)
+            exact = gram.to(working_dtype(gram))
+            total = exact if total is None else total + exact.to(total.device)
         assert total is not None
         size = sum([leaf.numel() for leaf in frame.leaves])
         found = torch.linalg.eigvalsh((total + total.T) / 2).flip(-1).clamp_min(0.0)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import random, trees
+from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError
 from fisherfn.core.modes import concrete, transformed
 from fisherfn.likelihoods.base import Likelihood, position_keys
@@ -77,7 +78,7 @@ class Counted:
         each = _trailing(each.to(dtype), counts.dim()) if weights is not None else each
         # where, not a product: the weight of what is masked may be anything
         each = torch.where(counts, each, torch.zeros((), dtype=dtype, device=like.device))
-        return Counted(mask, each, each.sum(dtype=tally_dtype(each)), masked)
+        return Counted(mask, each, each.sum(dtype=working_dtype(each)), masked)
 
     def part(self, start: int, stop: int) -> Counted:
         """Return what counts of the examples `start` to `stop`, with the same total."""
@@ -103,7 +104,7 @@ def _all(
     """Count every unit once; the units are laid out as `places`."""
     mask = torch.ones(positions, dtype=torch.bool, device=device)
     each = torch.ones(places, dtype=dtype, device=device)
-    total = torch.full((), each.numel(), dtype=tally_dtype(each), device=device)
+    total = torch.full((), each.numel(), dtype=working_dtype(each), device=device)
     return Counted(mask, each, total, False)
 
 
@@ -116,11 +117,6 @@ def _everything(
     found = _all(positions, places, dtype, device)
     _ = found.root_weights  # computed here, so that no later mode is remembered with it
     return found
-
-
-def tally_dtype(like: Tensor) -> torch.dtype:
-    """Return the dtype of counts: float64 where the device has it."""
-    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def _trailing(t: Tensor, rank: int) -> Tensor:

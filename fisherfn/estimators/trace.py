@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import random
+from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import OptionError
 from fisherfn.estimators import checks
 from fisherfn.estimators.estimator import Estimator
@@ -20,7 +21,7 @@ from fisherfn.estimators.observe import Observed
 from fisherfn.estimators.probed import ProbedTrace
 from fisherfn.estimators.statistic import Frame, Statistic
 from fisherfn.layers.leaf import LeafScores
-from fisherfn.layers.numerics import accumulate, blocks, wide
+from fisherfn.layers.numerics import accumulate, blocks
 from fisherfn.layers.outer import Outer
 from fisherfn.likelihoods import resolve
 from fisherfn.linalg.hutchinson import summary

@@ -14,7 +14,8 @@ from typing import Any
 from torch import Tensor
 
 from fisherfn.core import trees
-from fisherfn.groups.pools import Specs, check_leaves, check_reduced, pool_sizes, pools, wide
+from fisherfn.core.dtypes import wide
+from fisherfn.groups.pools import Specs, check_leaves, check_reduced, pool_sizes, pools
 
 
 def reduce(tree: Any, specs: Specs) -> dict[str, Tensor]:

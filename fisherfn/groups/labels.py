@@ -7,8 +7,9 @@ from collections.abc import Hashable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import OptionError, ShapeError, TreeMismatchError
-from fisherfn.groups.pools import Specs, check_reduced, pool_sizes, wide
+from fisherfn.groups.pools import Specs, check_reduced, pool_sizes
 from fisherfn.groups.spec import GroupSpec
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import torch
 from torch import Tensor
 
 from fisherfn.core import trees
@@ -118,8 +117,3 @@ def pool_sizes(caller: str, specs: Specs) -> Callable[[str, Tensor], Tensor]:
         return total.to(like.dtype)
 
     return sizes
-
-
-def wide(t: Tensor) -> Tensor:
-    """Return a tensor in float32 or wider."""
-    return t.to(torch.promote_types(t.dtype, torch.float32))

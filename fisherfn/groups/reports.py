@@ -8,9 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import OptionError
 from fisherfn.groups.names import places
-from fisherfn.groups.pools import Specs, check_reduced, pool_sizes, pools, wide
+from fisherfn.groups.pools import Specs, check_reduced, pool_sizes, pools
 from fisherfn.groups.spec import GroupSpec, whole
 
 _REPORTS = ("layer", "component", "kind", "leaf")

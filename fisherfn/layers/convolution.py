@@ -17,11 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide
 from fisherfn.layers.bands import Geometry
 from fisherfn.layers.elementwise import Alignment, ShiftBuilder
 from fisherfn.layers.form import Form
 from fisherfn.layers.memo import Memo
-from fisherfn.layers.numerics import accumulate, blocks, convolution_precision, wide
+from fisherfn.layers.numerics import accumulate, blocks, convolution_precision
 from fisherfn.layers.outer import Outer
 from fisherfn.layers.registry import Call, Match, Role, register_rule
 from fisherfn.layers.views import Permute, Reshape, View

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide
 from fisherfn.layers.direct import Direct
 from fisherfn.layers.form import Form
-from fisherfn.layers.numerics import wide
 from fisherfn.layers.registry import Call, Match, Role, register_rule
 from fisherfn.layers.views import Factor, View
 

@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide
 from fisherfn.layers.form import Form
 from fisherfn.layers.lookup import Lookup
-from fisherfn.layers.numerics import wide
 from fisherfn.layers.registry import Call, Match, Role, register_rule
 from fisherfn.layers.views import View
 

@@ -14,17 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide, working_dtype
 from fisherfn.layers import shifts
 from fisherfn.layers.convolution import Unfolded
 from fisherfn.layers.form import Form
 from fisherfn.layers.lookup import Lookup
-from fisherfn.layers.numerics import (
-    accumulate,
-    blocks,
-    convolution_precision,
-    in_place_allowed,
-    wide,
-)
+from fisherfn.layers.numerics import accumulate, blocks, convolution_precision, in_place_allowed
 from fisherfn.layers.outer import Outer
 
 # Products of fewer columns are not split, and others so many times: starting one costs more than it
@@ -196,11 +191,11 @@ def _of_shifts(form: Unfolded, weights: Weights, bias: bool) -> Moments:
         x = form.x[start:stop].reshape(-1, *form.x.shape[2:])
         image = shifts.image_rows(geometry, x, places)
         many = (stop - start) * m * math.prod(places)
-        count = torch.full((), float(many), dtype=_count_dtype(x), device=x.device)
+        count = torch.full((), float(many), dtype=working_dtype(x), device=x.device)
         root = None
         if w is not None:
             own = w[start:stop].to(x.dtype)
-            count = own.sum(dtype=_count_dtype(x)) * (m * math.prod(places))
+            count = own.sum(dtype=working_dtype(x)) * (m * math.prod(places))
             root = own.sqrt().repeat_interleave(m * math.prod(places[1:])).unsqueeze(-1)
             zero = torch.zeros((), dtype=x.dtype, device=x.device)
             image = torch.where(root > 0, image, zero) * root
@@ -252,11 +247,11 @@ def _rows(a: Tensor, weights: Weights, reduce: bool) -> tuple[Tensor, Tensor | N
 
 def _of_rows(rows: Tensor, w: Tensor | None, bias: bool, keep_rows: bool) -> Moments:
     if w is None:
-        many = torch.full((), float(rows.shape[1]), dtype=_count_dtype(rows), device=rows.device)
+        many = torch.full((), float(rows.shape[1]), dtype=working_dtype(rows), device=rows.device)
         root = None
     else:
         w = w.to(rows.dtype)
-        root, many = w.sqrt()[:, None], w.sum(dtype=_count_dtype(w))
+        root, many = w.sqrt()[:, None], w.sum(dtype=working_dtype(w))
         # where, not a product alone: what has no weight may have no finite value
         zero = torch.zeros((), dtype=rows.dtype, device=rows.device)
         rows = torch.where(w[:, None] > 0, rows, zero) * root
@@ -285,11 +280,6 @@ def _with_one(rows: Tensor, root: Tensor | None) -> Tensor:
     return torch.cat([rows, one], -1)
 
 
-def _count_dtype(like: Tensor) -> torch.dtype:
-    """Return the dtype of numbers of rows: float32 cannot count beyond 2²⁴."""
-    return torch.float32 if like.device.type == "mps" else torch.float64
-
-
 def _counts(form: Lookup, weights: Weights) -> Moments:
     """Return how often each row of a table was read, [1, rows]; padding is never read."""
     b, t = form.index.shape
@@ -300,7 +290,7 @@ def _counts(form: Lookup, weights: Weights) -> Moments:
     if form.padding is not None:
         w = torch.where(form.index == form.padding, torch.zeros_like(w), w)
     counts = w.new_zeros(form.rows).index_add(0, form.index.reshape(-1), w.reshape(-1))
-    return Moments(counts.unsqueeze(0), w.sum(dtype=_count_dtype(w)))
+    return Moments(counts.unsqueeze(0), w.sum(dtype=working_dtype(w)))
 
 
 def output_moments(form: Form, *, reduce: bool, parts: int = 1, keep_rows: bool = False) -> Tensor:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide
 from fisherfn.layers.attention import packed_linear
 from fisherfn.layers.elementwise import shift_role
 from fisherfn.layers.form import Form
-from fisherfn.layers.numerics import wide
 from fisherfn.layers.outer import Outer
 from fisherfn.layers.registry import Call, Match, Role, register_rule
 from fisherfn.layers.views import Permute, Reshape, View

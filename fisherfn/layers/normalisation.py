@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide
 from fisherfn.layers.elementwise import Alignment, ShiftBuilder
 from fisherfn.layers.form import Form
-from fisherfn.layers.numerics import wide
 from fisherfn.layers.registry import Call, Match, Role, register_rule
 from fisherfn.layers.views import View
 

@@ -17,11 +17,6 @@ _CPU_BLOCK = 8 * 2**20
 _LARGE_BLOCK = 256 * 2**20
 
 
-def wide(t: Tensor) -> Tensor:
-    """Return `t` in at least float32: sums of squares of half-precision numbers need the range."""
-    return t.float() if t.dtype in (torch.float16, torch.bfloat16) else t
-
-
 def in_place_allowed() -> bool:
     """Return True where a fresh buffer may be overwritten: eager execution without a graph."""
     return not transformed() and not torch.is_grad_enabled()

@@ -160,11 +160,6 @@ class Likelihood(ABC):
         return self.invalid(outputs, targets, mask).any()
 
 
-def widen(x: Tensor) -> Tensor:
-    """Return the tensor in at least float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
-
-
 def position_keys(keys: Tensor, positions: tuple[int, ...]) -> Tensor:
     """Fold the index along each position axis into the keys: `[B, 2]` -> `[B, *positions, 2]`."""
     for size in positions[1:]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import OptionError, ShapeError, UnsupportedError
 from fisherfn.likelihoods import base
 
@@ -324,7 +325,7 @@ def _detached(outputs: Any, value: Tensor) -> bool:
 
 
 def _widen(tree: Any) -> Any:
-    return trees.map(base.widen, tree)
+    return trees.map(wide, tree)
 
 
 def _is_count(value: Any, least: int) -> bool:

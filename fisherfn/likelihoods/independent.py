@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import OptionError, ShapeError
 from fisherfn.likelihoods import base
 
@@ -103,7 +104,7 @@ class Independent(base.Likelihood):
         self.check_outputs(f"{self.name}.sample", outputs)
         base.check_keys(f"{self.name}.sample", keys, outputs.shape[0])
         keys = base.position_keys(keys, self.positions_shape(outputs))
-        x = base.widen(outputs.detach())
+        x = wide(outputs.detach())
         return self._draw(x, keys, self.event_shape(outputs)).to(x.dtype)
 
     def root(self, outputs: Tensor, index: int | Tensor) -> Tensor:
@@ -112,13 +113,13 @@ class Independent(base.Likelihood):
         base.check_index(f"{self.name}.root", index, columns)
         entries = torch.arange(columns, device=outputs.device)
         at = (entries == index).reshape(self.event_shape(outputs))
-        return torch.where(at, self._deviation(base.widen(outputs)), 0.0)
+        return torch.where(at, self._deviation(wide(outputs)), 0.0)
 
     def root_mv(self, outputs: Tensor, u: Tensor) -> Tensor:
         """Return the deviation times u."""
         self.check_outputs(f"{self.name}.root_mv", outputs)
         base.check_vector(f"{self.name}.root_mv", "u", u, self._flat(outputs))
-        x = base.widen(outputs)
+        x = wide(outputs)
         return self._deviation(x) * u.reshape(outputs.shape).to(x.dtype)
 
     def root_t_mv(self, outputs: Tensor, v: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class Independent(base.Likelihood):
 
     def fisher_mv(self, outputs: Tensor, v: Tensor) -> Tensor:
         """Return the squared deviation times v."""
-        return self._deviation(base.widen(outputs)) * self._times("fisher_mv", outputs, v)
+        return self._deviation(wide(outputs)) * self._times("fisher_mv", outputs, v)
 
     def neutral(self, targets: Tensor, mask: Tensor | None) -> Tensor:
         """Return the targets with 0 where the mask is false."""
@@ -162,11 +163,11 @@ class Independent(base.Likelihood):
     def _pair(self, what: str, outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs and targets in one dtype, NaN for targets that cannot be drawn."""
         self.check_structure(f"{self.name}.{what}", outputs, targets)
-        x = base.widen(outputs)
+        x = wide(outputs)
         return x, torch.where(self._invalid(targets), math.nan, targets.to(x.dtype))
 
     def _times(self, what: str, outputs: Tensor, v: Tensor) -> Tensor:
         self.check_outputs(f"{self.name}.{what}", outputs)
         base.check_vector(f"{self.name}.{what}", "v", v, tuple(outputs.shape))
-        x = base.widen(outputs)
+        x = wide(outputs)
         return self._deviation(x) * v.to(x.dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError, ShapeError, TreeMismatchError, UnsupportedError
 from fisherfn.core.modes import compiling, transformed, unmixed
 from fisherfn.core.trees import Tree
@@ -65,7 +66,7 @@ class Space:
         for dtype in self.dtypes:
             self.dtype = torch.promote_types(self.dtype, dtype)
         #: The dtype of coefficients.
-        self.small = torch.float32 if self.device.type == "mps" else torch.float64
+        self.small = working_dtype(self.device)
 
     @property
     def eps(self) -> float:

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError
 from fisherfn.core.modes import concrete
 from fisherfn.states import transform
@@ -88,7 +89,7 @@ def ema(decay: float, *, dtype: torch.dtype | None = None) -> Transform:
         at = transform.place(cells)
         return EmaState(
             transform.empty(like, dtype),
-            torch.zeros(len(cells), dtype=transform.scalar_dtype(at), device=at),
+            torch.zeros(len(cells), dtype=working_dtype(at), device=at),
             torch.zeros(len(cells), dtype=torch.int64, device=at),
         )
 

@@ -187,11 +187,6 @@ def place(cells: Sequence[Any]) -> torch.device:
     return trees.leaves(cells[0])[0].device
 
 
-def scalar_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of weights and counts: float64 where there is one."""
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 def check_weight(caller: str, weight: Weight, default: Any, like: Tensor) -> Tensor:
     """Return a weight, checked, as a 0-d tensor of the dtype and on the device of `like`.
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
@@ -103,7 +104,7 @@ def welford(*, dtype: torch.dtype | None = None) -> Transform:
     def init(like: Any) -> WelfordState:
         cells, _ = transform.flatten("welford.init", like)
         at = transform.place(cells)
-        zero = torch.zeros((), dtype=transform.scalar_dtype(at), device=at)
+        zero = torch.zeros((), dtype=working_dtype(at), device=at)
         mean = transform.empty(like, dtype)
         steps = torch.zeros((), dtype=torch.int64, device=at)
         m2 = trees.map(torch.zeros_like, entries(mean))

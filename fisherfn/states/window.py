@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError
 from fisherfn.states import transform
 from fisherfn.states.transform import Transform, Weight
@@ -86,7 +87,7 @@ def window(size: int, *, dtype: torch.dtype | None = None) -> Transform:
         nothing = transform.empty(like, dtype)
         return WindowState(
             (nothing,) * size,
-            torch.zeros(size, dtype=transform.scalar_dtype(at), device=at),
+            torch.zeros(size, dtype=working_dtype(at), device=at),
             torch.zeros((), dtype=torch.int64, device=at),
         )
 

@@ -12,11 +12,11 @@ from torch import Tensor
 
 import cases
 import fisherfn as ff
+from fisherfn.core.dtypes import wide
 from fisherfn.layers import grouping
 from fisherfn.layers.grouping import column_sums, group_sum, row_sums
 from fisherfn.layers.leaf import LeafScores
 from fisherfn.layers.lookup import Lookup
-from fisherfn.layers.numerics import wide
 from fisherfn.layers.outer import Outer
 from fisherfn.layers.views import Factor, Permute, Reshape, Slice
 

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherfn.core.dtypes import wide
+
 
 def plain_layer_norm(
     input: Tensor,
@@ -103,6 +105,6 @@ COMPOSED: dict[Any, Any] = {
 
 
 def _standardised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = wide(x)
     centred = x - x.mean(axes, keepdim=True)
     return centred * torch.rsqrt(centred.square().mean(axes, keepdim=True) + eps)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide
 from fisherfn.core.modes import concrete
 from fisherfn.estimators.observe import Labels, Observed, broadcast
 
@@ -60,7 +61,7 @@ class OutputFisher:
         positions = likelihood.positions_shape(outputs)
         inner: Any = None
         for s, d in zip(trees.leaves(scores), trees.leaves(tangents), strict=True):
-            s = s.to(torch.promote_types(s.dtype, torch.float32))
+            s = wide(s)
             d = d.to(s.dtype)
             if not self._by_position:
                 product = torch.einsum("bi,bi->b", s.reshape(len(s), -1), d.reshape(len(d), -1))

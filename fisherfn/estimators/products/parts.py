@@ -19,6 +19,7 @@ from fisherfn.batch import Batch
 from fisherfn.capture.check import check_examples_apart, coarsest
 from fisherfn.capture.plan import examples
 from fisherfn.core import trees
+from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import DataError
 from fisherfn.core.modes import concrete
 from fisherfn.estimators import checks
@@ -230,8 +231,8 @@ class FisherKind:
 
 def added(total: list[Tensor] | None, more: Sequence[Tensor]) -> list[Tensor]:
     """Add up leaf by leaf, in float32 or wider."""
-    wide = [t.to(torch.promote_types(t.dtype, torch.float32)) for t in more]
-    return wide if total is None else [a + b for a, b in zip(total, wide, strict=True)]
+    terms = [wide(t) for t in more]
+    return terms if total is None else [a + b for a, b in zip(total, terms, strict=True)]
 
 
 def numbered(caller: str, batches: Any) -> Iterator[Batch]:
