@@ -24,7 +24,7 @@ from fisherfn.core import trees
 from fisherfn.core.errors import UnsupportedError
 from fisherfn.layers.leaf import LeafScores
 
-_LOG = logging.getLogger("fisherfn.capture")
+_LOG = logging.getLogger(__name__)
 # Entries of parameters whose scores are formed twice to compare them.
 _PROBED = 2**20
 _TOLERANCE = {torch.float64: 1e-5, torch.float32: 2e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}

@@ -18,7 +18,7 @@ from fisherfn.groups.modules import Owners
 from fisherfn.groups.names import component
 from fisherfn.groups.spec import REDUCTIONS, GroupSpec
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 #: Which parameters: a regular expression searched in the path, or a predicate of path and tensor.
 Where: TypeAlias = "str | re.Pattern[str] | Callable[[str, Tensor], bool]"
@@ -157,7 +157,7 @@ def infer(
         found = asked.spec(path, leaf)
         specs[path] = found.renamed(reduction=reduction) if reduction == "mean" else found
     for path, why in asked.unknown.items():
-        logger.warning("groups.infer: not understood: %s: %s", path, why)
+        _LOG.warning("groups.infer: not understood: %s: %s", path, why)
     return Inferred(specs, asked.unknown)
 
 

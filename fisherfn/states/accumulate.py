@@ -34,7 +34,7 @@ from fisherfn.states.progress import Report, reporting
 from fisherfn.states.transform import Transform
 from fisherfn.states.welford import WelfordState, entries, stderr
 
-logger = logging.getLogger(__name__)
+_LOG = logging.getLogger(__name__)
 
 #: Updates before a standard error is trusted to stop a fold: one of 7 degrees of freedom is itself
 #: known to about a quarter.
@@ -259,7 +259,7 @@ class _Fold:
         shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
         what = f"got {bad} in batch number {self.done - 1} (ids {shown})"
         if self.options.on_nonfinite == "skip":
-            logger.warning("accumulate: skipped a batch that is not finite: %s", what)
+            _LOG.warning("accumulate: skipped a batch that is not finite: %s", what)
             return
         raise DataError(
             f"accumulate: expected finite results, {what}. The outputs or weights of the model "
