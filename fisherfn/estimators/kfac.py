@@ -48,7 +48,7 @@ class Factors(KroneckerStatistic):
 
     def observe(self, observed: Observed) -> None:
         """Learn which rows exist, and that the inputs of a chunk are still to be looked at."""
-        self._weights = existing(observed)
+        self._weights = existing(self.caller, observed)
         self._fresh = True
         self._shared.clear()
 

@@ -290,7 +290,7 @@ def _column(view: View, shape: tuple[int, int, int]) -> tuple[Any, ...]:
     return (*steps_of(view, (size,)), ("reshape", (size,), shape))
 
 
-def existing(observed: Observed) -> Weights:
+def existing(caller: str, observed: Observed) -> Weights:
     """Return how often each position of a chunk's outputs counts as a row of the inputs.
 
     Raises:
@@ -306,7 +306,7 @@ def existing(observed: Observed) -> Weights:
         if concrete(mask, positions) and bool((mask & ~positions).any()):
             bad = (mask & ~positions).nonzero()[0].tolist()
             raise DataError(
-                f"kfac: expected positions to hold wherever the mask does, got a position that "
+                f"{caller}: expected positions to hold wherever the mask does, got a position that "
                 f"counts and does not exist at {bad}. Positions are all places of the computation; "
                 "the mask says which of them are scored."
             )

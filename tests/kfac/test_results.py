@@ -324,8 +324,10 @@ def test_a_position_that_counts_exists() -> None:
     exists = torch.ones(3, 3, dtype=torch.bool)
     exists[1, 2] = False
     batch = replace(batch, mask=torch.ones(3, 3, dtype=torch.bool), positions=exists)
-    with pytest.raises(ff.DataError, match=r"kfac: expected positions to hold .* at \[1, 2\]"):
-        ff.kfac(case.model, case.likelihood)(params, buffers, batch)
+    for make in (ff.kfac, ff.ekfac):
+        message = rf"^{make.__name__}: expected positions to hold .* at \[1, 2\]"
+        with pytest.raises(ff.DataError, match=message):
+            make(case.model, case.likelihood)(params, buffers, batch)
 
 
 def test_a_basis_of_another_model_is_refused() -> None:
