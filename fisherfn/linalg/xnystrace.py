@@ -105,9 +105,8 @@ def _estimate(sketch: Sketch, uniform: bool) -> tuple[Tensor, Tensor]:
     shift = 8.0 * space.eps * size / math.sqrt(space.size)
     h = w.T @ r
     h = (h + h.T) / 2 + shift * (g + g.T) / 2
-    finite = (
-        h.isfinite().all()
-    )  # eigh raises otherwise, and a broken operator is no mistake of ours
+    # eigh raises where it is not, and a broken operator is no mistake of ours
+    finite = h.isfinite().all()
     h = torch.where(finite, h, torch.zeros_like(h))
     d, u = torch.linalg.eigh(h)
     floor = 8.0 * torch.finfo(d.dtype).eps * d[-1]

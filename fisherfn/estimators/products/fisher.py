@@ -260,7 +260,7 @@ def fisher_vp(
         OptionError: an option does not exist, or the combination makes no sense.
 
     Cost: one forward pass on dual numbers and one backward pass, about 1.5 to 2 gradients; the
-        number of draws and of classes hardly matters. `linearized` makes further products cheaper.
+    number of draws and of classes hardly matters. `linearized` makes further products cheaper.
 
     Reference: Schraudolph (2002), Fast curvature matrix-vector products for second-order gradient
     descent, Neural Computation 14(7); Martens (2020), New insights and perspectives on the natural

@@ -239,8 +239,8 @@ def linearized(
         OptionError: an option does not exist, or the combination makes no sense.
 
     Cost: about two gradients, then 0.7 to 1.3 a product, and less a vector in blocks. Memory: the
-        activations of one forward pass, as a gradient, and their counterparts on dual numbers
-        while it runs.
+    activations of one forward pass, as a gradient, and their counterparts on dual numbers while it
+    runs.
 
     Example:
         >>> import torch
