@@ -271,7 +271,7 @@ class EagerRun(Run):
         outputs, many = [out for out, _ in pairs], [c for _, c in pairs]
         columns = many[0].shape[0]
         if columns > 1:
-            found = self._batched(outputs, many, last)
+            found = self._batched(outputs, many)
             if found is not None:
                 arrived = {i for i, g in enumerate(found) if g is not None}
                 self._missing(receive, arrived, columns)
@@ -307,7 +307,7 @@ class EagerRun(Run):
             raise
 
     def _batched(
-        self, outputs: list[Tensor], cotangents: list[Tensor], last: bool
+        self, outputs: list[Tensor], cotangents: list[Tensor]
     ) -> list[Tensor | None] | None:
         """Return the cotangents `[K, *output]` of all taps, or None if batching is impossible."""
         with warnings.catch_warnings():

@@ -8,30 +8,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch.overrides import TorchFunctionMode
-
-from fisherfn.capture.sites import is_attention, refuse_noise, rewritten
+from fisherfn.capture.calls import CallMode, is_attention
 from fisherfn.layers import attention
 from fisherfn.layers.bag import composable
 
 
-class PlainAttention(TorchFunctionMode):
+class PlainAttention(CallMode):
     """Rewrites calls of attention, and refuses what makes outputs random."""
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run one call, or what takes its place."""
-        return self.call(func, *args, **(kwargs or {}))
-
-    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        """Run one call, or what takes its place."""
-        arguments = rewritten(function, args, kwargs)
-        if arguments is not None:
-            return attention.multi_head_attention(self.call, arguments)
+    def admitted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run one call, the plain formula where it is fused attention."""
         if is_attention(function):
             return attention.plain_attention(*args, **kwargs)
-        refuse_noise(function, args, kwargs)
         return self.other(function, args, kwargs)
 
     def other(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

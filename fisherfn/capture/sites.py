@@ -12,62 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.overrides import TorchFunctionMode
 
+from fisherfn.capture.calls import LOOKED_AT, CallMode, is_attention
 from fisherfn.capture.views import getter, steps_of
 from fisherfn.core.modes import version
-from fisherfn.layers import attention
 from fisherfn.layers.registry import Builder, Call, bind, rule_for
 from fisherfn.layers.views import View
 
-_MHA = F.multi_head_attention_forward
-_MHA_NAMES = (
-    "query key value embed_dim_to_check num_heads in_proj_weight in_proj_bias bias_k bias_v "
-    "add_zero_attn dropout_p out_proj_weight out_proj_bias training key_padding_mask need_weights "
-    "attn_mask use_separate_proj_weight q_proj_weight k_proj_weight v_proj_weight static_k "
-    "static_v average_attn_weights is_causal"
-).split()
-_MHA_DEFAULTS = {
-    "training": True,
-    "key_padding_mask": None,
-    "need_weights": True,
-    "attn_mask": None,
-    "use_separate_proj_weight": False,
-    "static_k": None,
-    "static_v": None,
-    "average_attn_weights": True,
-}
-_SDPA = F.scaled_dot_product_attention
-_DROPOUTS = (
-    F.dropout,
-    F.dropout1d,
-    F.dropout2d,
-    F.dropout3d,
-    F.alpha_dropout,
-    F.feature_alpha_dropout,
-    torch.dropout,
-)
-_NOISY = frozenset([*_DROPOUTS, F.batch_norm, _SDPA])
-_LOOKED_AT = _NOISY | {_MHA}
 _CONSTANTS = (torch.Tensor.detach, getter("data"))
-
-
-def rewritten(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:
-    """Return the arguments of a call that capture rewrites, or None for any other call."""
-    if function is not _MHA:
-        return None
-    arguments = {**_MHA_DEFAULTS, **dict(zip(_MHA_NAMES, args, strict=False)), **kwargs}
-    known = arguments["static_k"] is None and arguments["static_v"] is None
-    if arguments["is_causal"] and arguments["attn_mask"] is None:
-        return None  # the original refuses that
-    return arguments if known else None
-
-
-def is_attention(function: Any) -> bool:
-    """Return True for fused attention, which neither composes nor batches."""
-    return function is _SDPA
 
 
 @dataclass
@@ -124,7 +77,7 @@ class Tracker:
         Nine calls in ten are: no parameter is among their arguments, nor anything that may hold
         one, and the function is none that is refused or rewritten.
         """
-        if kwargs or function in _LOOKED_AT:
+        if kwargs or function in LOOKED_AT:
             return False
         known = self.known
         for value in args:
@@ -169,7 +122,7 @@ class Tracker:
         return "use"
 
 
-class SitePass(TorchFunctionMode):
+class SitePass(CallMode):
     """Watches one run of the model and fills a `Recording`."""
 
     def __init__(self, leaves: Sequence[Tensor], recording: Recording) -> None:
@@ -179,18 +132,8 @@ class SitePass(TorchFunctionMode):
         self.number = 0
         self.tracker = Tracker(leaves)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        """Run and watch one call."""
-        return self.call(func, *args, **(kwargs or {}))
-
-    def call(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+    def admitted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a torch function and write down what it does with parameters."""
-        arguments = rewritten(function, args, kwargs)
-        if arguments is not None:
-            return attention.multi_head_attention(self.call, arguments)
-        refuse_noise(function, args, kwargs)
         if is_attention(function):
             self.recording.attention = True
         touched = self.tracker.touched(args, kwargs)
@@ -201,7 +144,7 @@ class SitePass(TorchFunctionMode):
                 self.recording.seen.update(leaf for _, leaf, _ in touched)
             if done == "use":
                 self._use(function, args, kwargs, out, touched)
-        self._mutation(function, args, kwargs)
+        self._mutation(function, args)
         return out
 
     def _use(
@@ -271,7 +214,7 @@ class SitePass(TorchFunctionMode):
             match.batchless,
         )
 
-    def _mutation(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _mutation(self, function: Any, args: tuple[Any, ...]) -> None:
         """Notice parameters that are written to; inputs of sites are compared by version."""
         name = getattr(function, "__name__", "")
         writes = name == "__setitem__" or (name.endswith("_") and not name.endswith("__"))
@@ -288,22 +231,6 @@ class SitePass(TorchFunctionMode):
                 for leaf in leaves:
                     self.recording.blame(leaf, "its layer's input is overwritten in place")
         self.recording.kept.clear()
-
-
-def refuse_noise(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuse calls that make outputs random or mix the examples of a batch."""
-    if function not in _NOISY:
-        return
-    name = getattr(function, "__name__", "")
-    if function in _DROPOUTS:
-        p = kwargs.get("p", args[1] if len(args) > 1 else 0.5)
-        on = kwargs.get("training", args[2] if len(args) > 2 else name != "dropout")
-        if on and p:
-            attention.refuse_random(name, f"p={p} in training mode")
-    elif function is F.batch_norm and kwargs.get("training", len(args) > 5 and args[5]):
-        attention.refuse_random("batch_norm", "statistics of the batch (training mode)")
-    elif function is _SDPA and kwargs.get("dropout_p", args[4] if len(args) > 4 else 0.0):
-        attention.refuse_random(name, "dropout")
 
 
 def _flat(value: Any) -> list[Any]:

@@ -19,8 +19,9 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fisherfn.capture.calls import is_attention, refuse_noise, rewritten
 from fisherfn.capture.plan import Axis, Plan, Tap
-from fisherfn.capture.sites import Tracker, is_attention, refuse_noise, rewritten
+from fisherfn.capture.sites import Tracker
 from fisherfn.core.errors import UnsupportedError
 from fisherfn.core.modes import version
 from fisherfn.layers import attention
