@@ -14,7 +14,7 @@ from fisherfn.layers.bag import composable
 
 
 class PlainAttention(CallMode):
-    """Rewrites calls of attention, and refuses what makes outputs random."""
+    """Rewrites calls of attention and of embedding bags; refuses what makes outputs random."""
 
     def admitted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call, the plain formula where it is fused attention."""
