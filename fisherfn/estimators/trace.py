@@ -49,10 +49,19 @@ class NormSum(Statistic):
 
     def result(self, frame: Frame) -> Estimate:
         """Return the mean over draws, with its standard error."""
-        value, stderr = summary(torch.stack(self._draws))
-        if frame.fisher in ("exact", "empirical"):
-            stderr = torch.zeros_like(value)
-        return Estimate(value, stderr, frame.total, fisher=frame.fisher, unit=frame.unit)
+        draws = torch.stack(self._draws)
+        value, stderr = summary(draws)
+        if frame.fisher in ("exact", "empirical"):  # one draw, and nothing random
+            return Estimate(
+                value,
+                torch.zeros_like(value),
+                frame.total,
+                fisher=frame.fisher,
+                unit=frame.unit,
+            )
+        return Estimate(
+            value, stderr, frame.total, fisher=frame.fisher, unit=frame.unit, draws=draws
+        )
 
 
 class Projections(Statistic):
@@ -92,7 +101,9 @@ class Projections(Statistic):
         """Return the mean over random vectors, with its standard error."""
         assert self._total is not None
         value, stderr = summary(self._total)
-        return Estimate(value, stderr, frame.total, fisher=frame.fisher, unit=frame.unit)
+        return Estimate(
+            value, stderr, frame.total, fisher=frame.fisher, unit=frame.unit, draws=self._total
+        )
 
 
 def project(scores: LeafScores, vectors: Tensor) -> Tensor:

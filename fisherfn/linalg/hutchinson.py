@@ -12,7 +12,7 @@ from fisherfn.core.errors import OptionError, UnsupportedError
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
 from fisherfn.linalg.probes import Probes, check_probes
-from fisherfn.linalg.results import Estimate
+from fisherfn.linalg.results import Estimate, summary
 from fisherfn.linalg.space import Operator, Space, check_count, check_key
 
 #: Draws before an early stop is thought of: the spread of fewer is too often small by chance.
@@ -83,20 +83,14 @@ def hutchinson(
         done = upto
         if stop is not None and done >= FEWEST and stop(*summary(torch.cat(values))):
             break
-    value, stderr = summary(torch.cat(values))
-    return Estimate(value.to(space.dtype), stderr.to(space.dtype), matvecs=done)
-
-
-def summary(values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard error over the leading axis; the latter is infinite for one draw."""
-    count = values.shape[0]
-    mean = values.mean(0)
-    if count == 1:
-        return mean, torch.full_like(mean, float("inf"))
-    variance = ((values - mean) ** 2).sum(0) / (count * (count - 1))
-    spread = variance > 0  # the root has no derivative at zero; NaN stays NaN
-    root = torch.where(spread, variance, 1.0).sqrt()
-    return mean, torch.where(spread, root, variance)
+    draws = torch.cat(values)
+    value, stderr = summary(draws)
+    return Estimate(
+        value.to(space.dtype),
+        stderr.to(space.dtype),
+        matvecs=done,
+        draws=draws.to(space.dtype),
+    )
 
 
 def at_least_rounding(space: Space, stderr: Tensor, h: Tensor) -> Tensor:

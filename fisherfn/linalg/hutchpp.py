@@ -95,7 +95,13 @@ def hutchpp(
             value, stderr = summary(torch.cat(values))
             if stop(value + inside, stderr):
                 break
-    value, stderr = summary(torch.cat(values))
+    draws = torch.cat(values)
+    value, stderr = summary(draws)
     stderr = at_least_rounding(space, stderr, torch.diag(ritz))
     found = (value + inside).to(space.dtype)
-    return Estimate(found, stderr.to(space.dtype), matvecs=2 * third + done)
+    return Estimate(
+        found,
+        stderr.to(space.dtype),
+        matvecs=2 * third + done,
+        draws=(draws + inside).to(space.dtype),
+    )

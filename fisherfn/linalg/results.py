@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 class Estimate:
     """An estimate and its standard error; unpacks as `value, stderr = estimate`.
 
+    Averages of estimates (`ff.merge`, `ff.states`) go draw by draw: parts that share their random
+    vectors, as batches under one key do, are not independent, and the spread of the averaged draws
+    is right either way. Of parts without draws the errors are taken to be independent, of parts
+    with different numbers of them to add up, which is the most that it can be.
+
     Attributes:
         value: The estimate: a 0-d tensor, or a tree.
         stderr: Its standard error, of the same shape: 0 where nothing is random, infinite where a
@@ -31,6 +36,8 @@ class Estimate:
         fisher: Which labels were used, if it belongs to a Fisher information.
         unit: What is counted, if anything is.
         matvecs: Products with the operator that it took; merged, the most of any part.
+        draws: `[m]`, the estimate from each of m random draws, if it is a 0-d tensor and they are
+            known.
 
     Example:
         >>> value, stderr = Estimate(torch.tensor(2.0), torch.tensor(0.1))
@@ -45,6 +52,7 @@ class Estimate:
     fisher: str | None = None
     unit: str | None = None
     matvecs: int = 0
+    draws: Tensor | None = field(default=None, repr=False)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield value and standard error."""
@@ -65,13 +73,19 @@ class Estimate:
         return self._average(a, other, b, count)
 
     def _average(self, a: Tensor, other: Self, b: Tensor, count: Tensor | None) -> Self:
-        """Return a·self + b·other, with the standard error of independent estimates."""
+        """Return a·self + b·other; the class says what of their standard errors."""
         value = trees.map(lambda x, y: _average(a, x, b, y), self.value, other.value)
-        stderr = trees.map(
-            lambda x, y: torch.hypot(*_shares(a, x, b, y)), self.stderr, other.stderr
-        )
+        mine, theirs, draws = self.draws, other.draws, None
+        if mine is not None and theirs is not None and mine.shape == theirs.shape:
+            draws = _average(a[..., None], mine, b[..., None], theirs)
+            spread = summary(draws.movedim(-1, 0))[1].to(self.stderr.dtype)
+            alone = torch.where(b == 0, self.stderr, spread)
+            stderr = torch.where(a == 0, other.stderr, alone)
+        else:
+            join = torch.hypot if mine is None or theirs is None else torch.add
+            stderr = trees.map(lambda x, y: join(*_shares(a, x, b, y)), self.stderr, other.stderr)
         matvecs = max(self.matvecs, other.matvecs)
-        return replace(self, value=value, stderr=stderr, count=count, matvecs=matvecs)
+        return replace(self, value=value, stderr=stderr, count=count, matvecs=matvecs, draws=draws)
 
     def _check_same(self, caller: str, other: Self) -> None:
         for name in ("fisher", "unit"):
@@ -101,8 +115,21 @@ class Estimate:
                 "empty_like: expected an estimate with a count, got one without. It is no average "
                 "over units of data."
             )
-        parts = [trees.zeros_like(part) for part in (self.value, self.stderr, self.count)]
-        return replace(self, value=parts[0], stderr=parts[1], count=parts[2], matvecs=0)
+        parts = (self.value, self.stderr, self.count, self.draws)
+        value, stderr, count, draws = [trees.zeros_like(part) for part in parts]
+        return replace(self, value=value, stderr=stderr, count=count, draws=draws, matvecs=0)
+
+
+def summary(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard error over the leading axis; the latter is infinite for one draw."""
+    count = values.shape[0]
+    mean = values.mean(0)
+    if count == 1:
+        return mean, torch.full_like(mean, float("inf"))
+    variance = ((values - mean) ** 2).sum(0) / (count * (count - 1))
+    spread = variance > 0  # the root has no derivative at zero; NaN stays NaN
+    root = torch.where(spread, variance, 1.0).sqrt()
+    return mean, torch.where(spread, root, variance)
 
 
 def _shares(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -117,7 +144,9 @@ def _average(a: Tensor, x: Tensor, b: Tensor, y: Tensor) -> Tensor:
     return first + second
 
 
-trees.register_dataclass_node(Estimate, ("value", "stderr", "count"), ("fisher", "unit", "matvecs"))
+trees.register_dataclass_node(
+    Estimate, ("value", "stderr", "count", "draws"), ("fisher", "unit", "matvecs")
+)
 
 
 #: What `Solution.status` says, by number.

@@ -82,20 +82,27 @@ def xtrace(
     h = torch.zeros(0, 0, dtype=space.small, device=space.device)
     step = most if stop is None else chunk_size
     value = stderr = torch.zeros((), dtype=space.small, device=space.device)
+    draws: Tensor | None = None
     while sketch.count < most:
         before = sketch.count
         sketch.grow(min(most, before + step))
         h = _project(sketch, h, before)
         if sketch.count == space.size:  # nothing is left to chance
-            value, stderr = h.diagonal().sum(), torch.zeros_like(stderr)
+            value, stderr, draws = h.diagonal().sum(), torch.zeros_like(stderr), None
         elif sketch.count > 1:
-            value, stderr = summary(_leave_one_out(sketch, h, uniform))
+            draws = _leave_one_out(sketch, h, uniform)
+            value, stderr = summary(draws)
         else:
             continue
         stderr = at_least_rounding(space, stderr, h)
         if stop is not None and sketch.count >= FEWEST and stop(value, stderr):
             break
-    return Estimate(value.to(space.dtype), stderr.to(space.dtype), matvecs=2 * sketch.count)
+    return Estimate(
+        value.to(space.dtype),
+        stderr.to(space.dtype),
+        matvecs=2 * sketch.count,
+        draws=None if draws is None else draws.to(space.dtype),
+    )
 
 
 def _project(sketch: Sketch, h: Tensor, before: int) -> Tensor:

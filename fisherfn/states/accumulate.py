@@ -26,10 +26,11 @@ from torch import Tensor
 from fisherfn.batch import Batch
 from fisherfn.core import merging, trees
 from fisherfn.core.errors import DataError, OptionError
+from fisherfn.core.modes import concrete
 from fisherfn.states import transform as kinds
 from fisherfn.states.every import EveryPair, EveryState, due
 from fisherfn.states.finite import first_bad_leaf
-from fisherfn.states.options import Options, options_of
+from fisherfn.states.options import STATES, Options, kind_of, options_of, refuse_target
 from fisherfn.states.progress import Report, reporting
 from fisherfn.states.transform import Transform
 from fisherfn.states.welford import WelfordState, entries, stderr
@@ -83,8 +84,9 @@ def accumulate(
     """Return the result of an estimator on the joined data of many batches.
 
     A batch without `ids` gets the running numbers of its examples, so that two batches never repeat
-    each other's random labels. Interrupt it at will: `on_update` has seen every finished batch, and
-    going on from a state gives what one uninterrupted run gives, to the last bit.
+    each other's random labels. One in which everything is masked adds nothing. Interrupt it at
+    will: `on_update` has seen every finished batch, and going on from a state gives what one
+    uninterrupted run gives, to the last bit.
 
     Args:
         estimator: Anything callable as `(params, buffers, batch, *, key)` whose results can be
@@ -175,7 +177,8 @@ class _Fold:
         if options.target_stderr is None:
             return False
         moments = state.result
-        assert isinstance(moments, WelfordState)
+        if not isinstance(moments, WelfordState):
+            refuse_target()
         if int(moments.updates) < _LEAST_UPDATES:
             return False
         error, mean = trees.norm(stderr(moments)), trees.norm(entries(moments.mean))
@@ -193,9 +196,12 @@ class _Fold:
         if batch.ids is None:
             ids = torch.arange(rows, device=device) + before.examples.to(device)
             batch = dataclasses.replace(batch, ids=ids)
+        counted = before._replace(batches=before.batches + 1, examples=before.examples + rows)
+        if _counts_nothing(batch):
+            self.done, self.state = self.done + 1, counted
+            return
         result = self._estimate(batch, before.result)
         self.done += 1
-        counted = before._replace(batches=before.batches + 1, examples=before.examples + rows)
         bad = None if self.options.on_nonfinite is None else first_bad_leaf(result)
         if bad is not None:
             self._complain(bad, batch)
@@ -215,8 +221,9 @@ class _Fold:
             )
         if self.state.result is None:
             raise DataError(
-                f"accumulate: expected at least one batch with a finite result, got "
-                f"{self.done} that were all skipped. See what on_nonfinite='raise' says."
+                f"accumulate: expected at least one batch with a finite result, got {self.done}: "
+                f"{int(self.state.skipped)} were all skipped as not finite, and in the others "
+                "everything is masked or has weight 0. See what on_nonfinite='raise' says."
             )
         transform = self.options.transform
         if transform is None:
@@ -286,6 +293,23 @@ def rows_of(batch: Batch) -> tuple[int, torch.device]:
     )
 
 
+def _counts_nothing(batch: Batch) -> bool:
+    """Return whether everything in a batch is masked or has weight 0, so that it adds nothing."""
+    counted = [x != 0 for x in (batch.mask, batch.weights) if isinstance(x, Tensor) and x.numel()]
+    if not counted or not concrete(*counted):
+        return False
+    if not all([bool(x.any()) for x in counted]):
+        return True
+    if len(counted) == 1 or counted[0].ndim < counted[1].ndim:
+        return False
+    mask, weights = counted
+    weights = weights.reshape(*weights.shape, *[1] * (mask.ndim - weights.ndim))
+    try:
+        return not bool((mask & weights).any())
+    except RuntimeError:  # shapes that do not fit; the estimator says so
+        return False
+
+
 def _check_state(state: Any, options: Options) -> None:
     """Check that a state to go on with is one of this transform."""
     if state is None:
@@ -299,12 +323,13 @@ def _check_state(state: Any, options: Options) -> None:
         return
     made = None
     if options.transform is not None:
-        made = type(options.transform.init(torch.zeros(()))).__name__
-    mine = type(state.result)
-    found = mine.__name__ if mine.__module__.startswith("fisherfn.states.") else None
-    if made != found:
+        made = kind_of(options.transform)
+        if made is None:
+            return  # its own update will know
+    found = type(state.result) if type(state.result) in STATES else None
+    if made is not found and (made is None or made in STATES or found is not None):
+        ours, theirs = (kind.__name__ if kind else "a plain result" for kind in (found, made))
         raise OptionError(
-            f"accumulate: expected a state folded with the same transform, got one with "
-            f"{found or 'a plain result'} for {made or 'a plain result'}. Pass the transform= "
-            "of the earlier call."
+            f"accumulate: expected a state folded with the same transform, got one with {ours} for "
+            f"{theirs}. Pass the transform= of the earlier call."
         )

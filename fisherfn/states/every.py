@@ -97,6 +97,11 @@ def every(n: int, a: Transform, otherwise: Transform | None = None) -> Transform
 
     def update(new: Any, state: EveryState, weight: Weight = None) -> tuple[Any, EveryState]:
         is_due, step = due(state), state.step + 1
+        if concrete(state.period) and int(state.period) != n:
+            raise OptionError(
+                f"every.update: expected a state of the period {n}, got one of "
+                f"{int(state.period)}. Go on with the same states.every(n, ...)."
+            )
         one, two = state.every, state.otherwise
         if not concrete(is_due):
             one = _choose(is_due, a.update(new, one, weight)[1], one)

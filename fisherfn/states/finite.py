@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import optree
 import torch
 from torch import Tensor
 
@@ -14,7 +15,8 @@ from fisherfn.core.modes import concrete
 def first_bad_leaf(result: Any) -> str | None:
     """Return the path of the first leaf that has NaN or infinity, None if there is none.
 
-    Where values cannot be looked at, there is none to be found. One synchronisation with a GPU.
+    A standard error may be infinite, which says that nothing is known of it. Where values cannot be
+    looked at, there is none to be found. One synchronisation with a GPU.
 
     >>> first_bad_leaf({"a": torch.ones(2), "b": torch.tensor([1.0, float("nan")])})
     'b (1 of 2 entries, the first is nan)'
@@ -28,9 +30,19 @@ def first_bad_leaf(result: Any) -> str | None:
     # a sum may overflow where no entry does, so a bad one is only a suspicion
     for i, good in zip(places, fine, strict=True):
         if not good:
-            bad = ~leaves[i].detach().isfinite()
+            x = leaves[i].detach()
+            error = any(leaves[i] is y for y in _standard_errors(result))
+            bad = x.isnan() if error else ~x.isfinite()
             if bad.any():
-                first = leaves[i].detach()[bad][0].item()
+                first = x[bad][0].item()
                 path = trees.paths(result)[i] or "the root"
                 return f"{path} ({int(bad.sum())} of {bad.numel()} entries, the first is {first})"
     return None
+
+
+def _standard_errors(result: Any) -> list[Tensor]:
+    """Return the tensors that are standard errors of results."""
+    cells = optree.tree_leaves(
+        result, is_leaf=lambda x: hasattr(x, "stderr"), namespace=trees.NAMESPACE
+    )
+    return trees.leaves([getattr(cell, "stderr", None) for cell in cells])

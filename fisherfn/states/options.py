@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from fisherfn.core.errors import DataError, OptionError
+from fisherfn.states.ema import EmaState
+from fisherfn.states.every import EveryState
 from fisherfn.states.transform import Transform
 from fisherfn.states.welford import WelfordState, welford
+from fisherfn.states.window import WindowState
 
 NONFINITE = ("raise", "skip", None)
+#: The states of the transforms of this package.
+STATES = (EmaState, EveryState, WelfordState, WindowState)
 
 
 @dataclass(frozen=True)
@@ -86,17 +91,38 @@ def options_of(
         )
     if target_stderr is not None:
         transform = welford() if transform is None else transform
-        if not isinstance(transform.init(torch.zeros(())), WelfordState):
-            raise OptionError(
-                "accumulate: expected transform=states.welford() with target_stderr, got another "
-                "one. Only it knows a standard error."
-            )
+        if kind_of(transform) not in (WelfordState, None):
+            refuse_target()
     return Options(
         (parts[0], parts[1]) if pair else estimator,
         transform,
         max_units,
         target_stderr,
         on_nonfinite,
+    )
+
+
+def kind_of(transform: Transform) -> type[Any] | None:
+    """Return the class of the states of a transform, None where only its members could tell.
+
+    >>> kind_of(welford()).__name__
+    'WelfordState'
+    """
+    try:
+        return type(transform.init(torch.zeros(())))
+    except Exception:  # of a caller's own, which takes no bare tensor
+        return None
+
+
+def refuse_target() -> NoReturn:
+    """Refuse a transform that cannot say when to stop.
+
+    Raises:
+        OptionError: Always.
+    """
+    raise OptionError(
+        "accumulate: expected transform=states.welford() with target_stderr, got another "
+        "one. Only it knows a standard error."
     )
 
 

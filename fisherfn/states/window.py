@@ -93,6 +93,11 @@ def window(size: int, *, dtype: torch.dtype | None = None) -> Transform:
 
     def update(new: Any, state: WindowState, weight: Weight = None) -> tuple[Any, WindowState]:
         transform.check_state("window.update", state, WindowState)
+        if len(state.entries) != size:
+            raise OptionError(
+                f"window.update: expected a state of {size} members, got one of "
+                f"{len(state.entries)}. Go on with the same states.window(size)."
+            )
         cells, treedef = transform.flatten("window.update", state.entries[-1])
         news = transform.align("window.update", state.entries[-1], new, absent=False)
         w = transform.check_weight("window.update", weight, 1.0, state.weights)

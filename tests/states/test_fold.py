@@ -229,7 +229,7 @@ def test_a_batch_that_is_not_finite_is_skipped_and_counted(
 def test_if_all_are_skipped_there_is_no_result(tmp_path: Path) -> None:
     bad = [Batch(torch.full((2, 3), torch.nan).double())]
     states: list[AccumulateState] = []
-    with pytest.raises(DataError, match="with a finite result, got 1 that were all skipped"):
+    with pytest.raises(DataError, match="with a finite result, got 1: 1 were all skipped"):
         accumulate(squares(), PARAMS, {}, bad, on_nonfinite="skip", on_update=states.append)
     io.save(tmp_path / "state", states[0])
     result, state = accumulate(

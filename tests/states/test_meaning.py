@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -141,3 +142,61 @@ def test_standard_errors_of_estimates_are_those_of_an_average(counted: bool) -> 
     other = ff.linalg.Estimate(*[members[0].value] * 3, fisher="mc")
     with pytest.raises(OptionError, match="states: expected two estimates with the same fisher"):
         ema(0.5).update(other, ema(0.5).init(members[0]))
+
+
+def drawn(values: list[float], n: float) -> Any:
+    draws = torch.tensor(values, dtype=torch.float64)
+    error = draws.std() / len(values) ** 0.5
+    return ff.linalg.Estimate(draws.mean(), error, torch.tensor(n).double(), draws=draws)
+
+
+def test_estimates_from_the_same_random_vectors_are_averaged_draw_by_draw() -> None:
+    a, b = drawn([1.0, 2.0, 6.0], 4.0), drawn([2.0, 4.0, 12.0], 12.0)  # wholly dependent
+    together = ff.merge(a, b)
+    torch.testing.assert_close(together.stderr, 0.25 * a.stderr + 0.75 * b.stderr)
+    torch.testing.assert_close(together.draws, 0.25 * a.draws + 0.75 * b.draws)
+    close(ff.merge(a, ff.empty_like(b)), a, 0.0)
+    close(ff.merge(ff.empty_like(b), a), a, 0.0)
+    reading, _ = folded(ema(0.5), [a, b])
+    torch.testing.assert_close(reading.stderr, a.stderr / 3 + 2 * b.stderr / 3)
+
+
+def test_errors_of_different_numbers_of_draws_add_up_at_most() -> None:
+    a, b = drawn([1.0, 2.0, 6.0], 4.0), drawn([2.0, 4.0], 4.0)
+    together = ff.merge(a, b)
+    torch.testing.assert_close(together.stderr, 0.5 * a.stderr + 0.5 * b.stderr)
+    assert together.draws is None
+
+
+def test_folded_traces_know_their_error() -> None:
+    model, params, buffers = network()
+    fim = ff.trace(model, LIKELIHOOD, fisher="empirical", method="hutchinson", num_matvecs=6)
+    batches, key = [batch(i, 1 + i % 2) for i in range(12)], ff.random.key(0)
+    joined = ff.Batch(
+        torch.cat([b.inputs for b in batches]), torch.cat([b.targets for b in batches])
+    )
+    found, _ = accumulate(fim, params, buffers, batches, key=key)
+    # all batches see the same random vectors, so this is what one batch of all of them gives
+    close(found, fim(params, buffers, joined, key=key), 1e-12)
+
+
+@pytest.mark.parametrize("method", ["hutchpp", "xtrace"])
+def test_errors_of_folded_sketches_are_no_smaller_than_their_spread(method: str) -> None:
+    model, params, buffers = network()
+    fim = ff.trace(model, LIKELIHOOD, fisher="empirical", method=method, num_matvecs=8)
+    batches = [dataclasses.replace(batch(0, 6), ids=torch.arange(6) + 6 * i) for i in range(9)]
+    one = fim(params, buffers, batches[0], key=ff.random.key(3))
+    found, _ = accumulate(fim, params, buffers, batches, key=ff.random.key(3))
+    torch.testing.assert_close(found.stderr, one.stderr)  # the same data nine times: no news
+    assert one.stderr > 0
+
+
+def test_a_trace_of_one_draw_can_be_folded() -> None:
+    model, params, buffers = network()
+    fim = ff.trace(model, LIKELIHOOD, fisher="mc")
+    batches, key = [batch(i, 3) for i in range(4)], ff.random.key(0)
+    for transform in (None, ema(0.5), welford(), window(2)):
+        found, state = accumulate(fim, params, buffers, batches, key=key, transform=transform)
+        assert found.value > 0
+        assert found.stderr == float("inf")  # nothing is known of it
+        assert state.skipped == 0

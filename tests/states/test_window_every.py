@@ -175,3 +175,12 @@ def test_states_of_another_kind(transform: Any) -> None:
             transform.update(torch.ones(2), state)
         with pytest.raises(TreeMismatchError, match=r"read: expected a \w+State, got "):
             transform.read(state)
+
+
+def test_a_state_of_another_size_or_period_is_refused() -> None:
+    x = torch.ones(2)
+    with pytest.raises(OptionError, match=r"window.update: expected a state of 3 members, got one"):
+        window(3).update(x, window(2).init(x))
+    lever = every(5, ema(0.5), otherwise=ema(0.5)).init(x)
+    with pytest.raises(OptionError, match=r"every.update: expected a state of the period 2, got"):
+        every(2, ema(0.5), otherwise=ema(0.5)).update(x, lever)
