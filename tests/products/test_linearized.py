@@ -75,6 +75,27 @@ def test_blocks_under_vmap() -> None:
     close(torch.vmap(bound)(vectors), bound.block(vectors), 1e-10)
 
 
+@pytest.mark.parametrize("largest", [1, 2**20])
+def test_large_vectors_go_one_by_one(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where tangents leave the cache vectors do not lie side by side; the products are the same."""
+    monkeypatch.setattr(linear, "_CACHE", largest)
+    plays: list[int] = []
+    alone = tape.Tape.play
+
+    def play(self: tape.Tape, tangents: list[Tensor]) -> list[Tensor | None]:
+        plays.append(len(tangents))
+        return alone(self, tangents)
+
+    monkeypatch.setattr(tape.Tape, "play", play)
+    s = cases.LAYERS["mlp"].setup()
+    bound = ff.linearized(s.model, s.likelihood)(*s.args)
+    vectors = stack(s.params, 3)
+    block = bound.block(vectors)
+    assert len(plays) == (3 if largest == 1 else 1)
+    for k in range(3):
+        close(one(block, k), bound(one(vectors, k)), 1e-12)
+
+
 def test_chunks_of_examples_and_batches_add_up() -> None:
     s = cases.ALL["mlp"].setup()
     v = stack(s.params, 1)

@@ -35,6 +35,10 @@ from fisherfn.estimators.products.tape import Recorder, Tape, UnrecordableError
 
 _LOG = logging.getLogger(__name__)
 
+# Where one tangent is larger than what a core keeps close, vectors side by side on a CPU only add
+# copies: torch's batching rules lay them out anew for every product.
+_CACHE = 2**20
+
 Map: TypeAlias = Callable[[list[Tensor]], list[Tensor]]
 
 
@@ -257,7 +261,8 @@ def _recorded(function: Function, leaves: list[Tensor]) -> Linear:
     detached = [z.detach() for z in outputs]
     push = player(tape, detached)
     pull = puller(outputs, live)
-    if tape.convolves:  # one by one is twice as fast
+    out_of_cache = leaves[0].device.type == "cpu" and tape.largest > _CACHE
+    if tape.convolves or out_of_cache:  # one by one is faster, twice for convolutions
         return Linear(detached, push, pull, loop(push), loop(pull))
     many = mapped(push)
     return Linear(detached, push, pull, many, batched(pull))

@@ -143,7 +143,9 @@ class Recorder(TorchDispatchMode):
         steps = self._steps
         if not any(step.writes for step in steps):
             steps = _needed(steps, ends)
-        return Tape(self._inputs, steps, ends)
+        made = [self._alive[r] for step in steps for r in step.results if r is not None]
+        largest = max((t.numel() * t.element_size() for t in made), default=0)
+        return Tape(self._inputs, steps, ends, largest)
 
 
 def _needed(steps: Sequence[Step], ends: Sequence[int | None]) -> list[Step]:
@@ -203,12 +205,21 @@ class _Call:
 
 
 class Tape:
-    """A recorded linear map."""
+    """A recorded linear map.
+
+    Attributes:
+        largest: Bytes of the largest tangent on the way.
+    """
 
     def __init__(
-        self, inputs: Sequence[int], steps: Sequence[Step], ends: Sequence[int | None]
+        self,
+        inputs: Sequence[int],
+        steps: Sequence[Step],
+        ends: Sequence[int | None],
+        largest: int,
     ) -> None:
         """Note after which step each tangent is no longer needed."""
+        self.largest = largest
         self._inputs, self._steps, self._ends = list(inputs), list(steps), list(ends)
         self._copies = any(step.writes for step in steps)
         last: dict[int, int] = {}
