@@ -208,6 +208,14 @@ def test_altered_files_are_refused(path: Path, content: Any) -> None:
         io.load(path)
 
 
+@pytest.mark.parametrize("about", ["{", "3", "[1]"])
+def test_altered_descriptions_are_refused(path: Path, about: str) -> None:
+    header = {"format": "fisherfn", "version": "1", "content": "{}", "about": about}
+    safetensors.torch.save_file({"w": torch.ones(2)}, path, metadata=header)
+    with pytest.raises(DataError, match=r"expected JSON in the header .* The file was altered"):
+        io.describe(path)
+
+
 @pytest.mark.parametrize("device", ["quantum", "cuda:99", 3.5], ids=str)
 def test_devices_that_do_not_exist_are_refused(path: Path, device: Any) -> None:
     io.save(path, {})

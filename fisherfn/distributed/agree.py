@@ -55,7 +55,7 @@ def exchange(
             check_mergeable(caller, obj)
             mine, tensors = described(obj)
     except FisherError as error:
-        problem = error
+        problem = type(error)(str(error).replace("io.save:", f"{caller}:", 1))
     found = wire.objects((mine, None if problem is None else str(problem)))
     if problem is not None:
         raise problem

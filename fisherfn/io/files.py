@@ -130,7 +130,7 @@ def describe(path: str | os.PathLike[str]) -> dict[str, Any]:
     with _opened("describe", path) as (file, source):
         header = file.metadata() or {}
         _content(source, header)
-        return json.loads(header.get("about", "{}"))
+        return _parsed(source, header.get("about", "{}"), dict)
 
 
 def about(obj: Any) -> dict[str, Any]:
@@ -225,13 +225,23 @@ def _content(source: Path, header: dict[str, str]) -> Any:
             f"io.load: expected format version {VERSION}, got {header.get('version')!r} in "
             f"{str(source)!r}. Install the release of fisherfn that wrote it, or a later one."
         )
+    return _parsed(source, header["content"], object)
+
+
+def _parsed(source: Path, text: str, kind: type) -> Any:
+    """Return what a text in a file's header says."""
     try:
-        return json.loads(header["content"])
+        found = json.loads(text)
     except ValueError as error:
+        found, problem = None, str(error)
+    else:
+        problem = None if isinstance(found, kind) else type(found).__name__
+    if problem is not None:
         raise DataError(
-            f"io.load: expected JSON in the header of {str(source)!r}, got {error}. The file was "
+            f"io.load: expected JSON in the header of {str(source)!r}, got {problem}. The file was "
             "altered; save it anew."
-        ) from error
+        )
+    return found
 
 
 def _safetensors(caller: str) -> ModuleType:

@@ -18,6 +18,7 @@ from torch import Tensor
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, UnsupportedError
 from fisherfn.core.modes import concrete
+from fisherfn.curvature.common import at
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -91,7 +92,7 @@ def offload(obj: Any, dtype: str | torch.dtype = "float32") -> Offloaded:
 
     Raises:
         OptionError: No such dtype.
-        UnsupportedError: Inside a transformation, or tensors without memory.
+        UnsupportedError: Inside a transformation, tensors without memory, or a DTensor.
 
     Cost: three passes over the entries where they are, and their bytes over the bus.
     """
@@ -102,6 +103,12 @@ def offload(obj: Any, dtype: str | torch.dtype = "float32") -> Offloaded:
             "io.offload: expected tensors with values, got some inside a transformation or without "
             "memory. Offload outside of torch.compile and torch.func."
         )
+    for x, path in zip(leaves, trees.paths(obj), strict=True):
+        if type(x).__name__ == "DTensor":
+            raise UnsupportedError(
+                f"io.offload: expected tensors of this process, got a DTensor{at(path)}. Offload "
+                "each rank's part, .to_local()."
+            )
     kept: list[Tensor] = []
     parts: list[tuple[Tensor, ...]] = []
     for x in leaves:

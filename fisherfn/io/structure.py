@@ -97,6 +97,11 @@ class Writer:
                 f"transformation or without memory{at(path)}. Save outside of torch.compile, "
                 "torch.func and torch.device('meta')."
             )
+        if type(x).__name__ == "DTensor":
+            raise UnsupportedError(
+                f"io.save: expected tensors of this process, got a DTensor{at(path)}. Take "
+                ".full_tensor() on all ranks, or .to_local() for a file of each rank's part."
+            )
         if str(x.dtype).removeprefix("torch.") not in _DTYPES or x.layout != torch.strided:
             raise UnsupportedError(
                 f"io.save: expected dense tensors of one of {list(_DTYPES)}, got {x.dtype} of "

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -228,6 +229,11 @@ def dtensors(rank: int) -> Any:
     local = {name: p.to_local() for name, p in spread.items()}
     return {
         "refused": refused,
+        "elsewhere": {
+            "save": _refused(lambda: ff.io.save("never.safetensors", spread)),
+            "offload": _refused(lambda: ff.io.offload(spread)),
+            "reduce": _refused(lambda: ff.distributed.all_reduce(replace(found, values=spread))),
+        },
         "solved": rows.solve(local, damping=0.1),
         "fits": all(rows.values[name].shape == p.shape for name, p in local.items()),
         "whole": ff.distributed.all_reduce(found).solve(whole, damping=0.1),

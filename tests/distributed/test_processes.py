@@ -204,3 +204,16 @@ def test_spread_parameters_are_refused_and_gathered_ones_work(ranks: Ranks) -> N
     for name, whole in first["whole"].items():
         rows = torch.cat([found["solved"][name] for found in ranks["dtensors"]])
         torch.testing.assert_close(rows, whole, rtol=1e-10, atol=1e-14)
+
+
+SPREAD = {
+    "save": r"io.save: expected tensors of this process, got a DTensor at 0.weight\. Take",
+    "offload": r"io.offload: expected tensors of this process, got a DTensor at 0.weight\. Offload",
+    "reduce": r"distributed.all_reduce: expected tensors .* a DTensor at values/0.weight\. Take",
+}
+
+
+@pytest.mark.parametrize("name", SPREAD)
+def test_spread_results_are_refused_where_they_would_be_copied(ranks: Ranks, name: str) -> None:
+    for found in ranks["dtensors"]:
+        assert re.match("UnsupportedError: " + SPREAD[name], found["elsewhere"][name])
