@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.trees import Tree
+from fisherfn.linalg.exchangeable import corrected, pair_determinant
 from fisherfn.linalg.hutchinson import (
     FEWEST,
     at_least_rounding,
@@ -53,7 +54,7 @@ def xnystrace(
 
     Returns:
         `Estimate`, 0-d tensors; the standard error is that of the mean of the single estimates,
-        taken as independent, and never less than what rounding does.
+        with their covariance (see `linalg.exchangeable`), and never less than what rounding does.
 
     Raises:
         OptionError: an option does not exist, or fewer than 2 products.
@@ -120,15 +121,29 @@ def _estimate(sketch: Sketch, uniform: bool) -> tuple[Tensor, Tensor]:
 
     inverse = root @ root.T
     pivots = inverse.diagonal()
+    z, wz = r @ inverse, w @ inverse
+    # inner products of the columns of (Y + ν Ω) inverse
+    zz = z.T @ (z + shift * wz) + shift * wz.T @ z + shift**2 * inverse @ g @ inverse
+    lost = zz.diagonal()
     whole = squared(root).sum()
     if sketch.count == space.size:  # nothing is left to chance
         value, stderr = whole - shift * space.size, torch.zeros_like(whole)
     else:
+        free = space.size - sketch.count
         rest = 1.0 / pivots
+        determinant, tell = pair_determinant(pivots.unsqueeze(1), pivots, inverse)
+        rests = pivots / determinant
         if uniform:
-            left = torch.linalg.inv(g).diagonal()  # one over what is left of each test vector
-            rest = rest * left * (space.size - sketch.count + 1)
-        value, stderr = summary(whole - squared(inverse / pivots.sqrt()) + rest)
+            # one over what is left of each test vector beside the others, and beside all but two
+            around = torch.linalg.inv(g)
+            left = around.diagonal()
+            rest = rest * left * (free + 1)
+            areas, apart = pair_determinant(left.unsqueeze(1), left, around)
+            rests, tell = rests * areas / left * (free + 2), tell & apart
+        single = whole - lost / pivots + rest
+        pair = pivots * lost.unsqueeze(1) + pivots.unsqueeze(1) * lost - 2.0 * inverse * zz
+        fewer = torch.where(tell, whole - pair / determinant + rests, torch.nan)
+        value, stderr = summary(corrected(single, fewer))
         value = value - shift * space.size
     value = torch.where(some, value, torch.zeros_like(value))
     value = torch.where(finite, value, torch.nan)
