@@ -9,7 +9,6 @@ follow each other, as if their weights were stacked.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -151,7 +150,10 @@ class Block:
 
     def text(self) -> str:
         """Return this description as text, which `block_from` reads."""
-        return json.dumps(dataclasses.astuple(self))
+        beside = tuple([(_bare(x.weight), _bare(x.bias), x.outputs) for x in self.beside])
+        sizes = self.groups, self.outputs, self.inputs
+        forms = self.output_form, self.input_form
+        return _written((self.name, _bare(self.weight), _bare(self.bias), *sizes, *forms, beside))
 
     def paths(self) -> list[str]:
         """Return the paths of the leaves that it takes entries from, layer by layer."""
@@ -170,8 +172,21 @@ def _layer(weight: Any, bias: Any, outputs: int) -> Layer:
     return Layer(Piece(*weight), None if bias is None else Piece(*bias), outputs)
 
 
+def _bare(piece: Piece | None) -> Any:
+    return None if piece is None else (piece.path, piece.steps)
+
+
+def _written(x: Any) -> str:
+    """Return plain data as JSON, in code that `torch.compile` can trace."""
+    if isinstance(x, tuple):
+        return "[" + ",".join([_written(y) for y in x]) + "]"
+    if isinstance(x, str):
+        return '"' + x.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    return "null" if x is None else str(x)
+
+
 def _parsed(text: str) -> Any:
-    return _tuples(json.loads(text))
+    return _tuples(json.loads(text, strict=False))
 
 
 # Plain data cannot leave compiled code but as the keys of a dict, which are read while tracing.

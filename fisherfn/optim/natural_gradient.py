@@ -58,6 +58,7 @@ class _Rule:
     kl_clip: float | None
     momentum: Any
     decay: float
+    exact: quadratic.Quadratic | None  # where step lengths or dampings are taken from the loss
 
     def init(self, params: Tree) -> NaturalGradientState:
         """Return the state before the first step."""
@@ -118,7 +119,7 @@ class _Rule:
             damping=self._kept(damping, state),
         )
         if isinstance(self.damping, LevenbergMarquardt) and batch is not None:
-            after = self._adapt(caller, after, fixed, step, promised, buffers, batch)
+            after = self._adapt(after, fixed, step, promised, buffers, batch)
         return step, after
 
     def _check(self, caller: str, grads: Tree, state: Any, params: Tree, batch: Any) -> None:
@@ -205,15 +206,14 @@ class _Rule:
             vectors.append(trees.ravel(last)[0].to(first.dtype))
         stacked = torch.stack(vectors)
         g = trees.ravel(trees.map(lambda _, x: x, direction, slope))[0].to(first.dtype)
-        caller, estimator = f"{self.stream.caller}.update", self.stream.estimator
         directions = [unravel(v) for v in vectors]
-        exact = quadratic.products(caller, estimator, params, buffers, batch, directions)
+        assert self.exact is not None
+        exact = self.exact.products(params, buffers, batch, directions)
         found, change = _lowest(stacked, g, exact, shift)
         return trees.map(lambda g, x: x.to(g.dtype), slope, unravel(found)), change
 
     def _adapt(
         self,
-        caller: str,
         state: NaturalGradientState,
         params: Tree,
         step: Tree,
@@ -224,12 +224,13 @@ class _Rule:
         """Return the state with the damping that the loss after the step suggests."""
         rule = self.damping
         assert isinstance(rule, LevenbergMarquardt)
+        assert self.exact is not None
         due = state.step % rule.every == 0
         if concrete(due) and not bool(due):
             return state
         total = []
         for point in (params, trees.add(params, step)):
-            value = quadratic.loss(caller, self.stream.estimator, point, buffers, batch)
+            value = self.exact.loss(point, buffers, batch)
             total.append(value + 0.5 * self.decay * trees.dot(point, point))
         rho = (total[1] - total[0]) / promised
         found = rule.adapted(state.damping, rho.detach().to(state.damping))
@@ -346,7 +347,8 @@ def natural_gradient(
             f"levenberg_marquardt, got {type(estimator).__name__}. They need its model and "
             "likelihood."
         )
-    made = _Rule(source, learning_rate, rule, kl_clip, momentum, float(weight_decay))
+    exact = quadratic.Quadratic(f"{caller}.update", estimator) if needs_loss else None
+    made = _Rule(source, learning_rate, rule, kl_clip, momentum, float(weight_decay), exact)
     return GradientTransform(made.init, made.update)
 
 

@@ -7,6 +7,7 @@ M(δ) = gᵀδ + ½ δᵀ (F + (λ + η) I) δ,    g = ∇h(θ)
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from fisherfn.core import trees
 from fisherfn.core.modes import transformed, unmixed
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.common import widest
-from fisherfn.estimators import checks
+from fisherfn.estimators import checks, opaque
 from fisherfn.estimators.estimator import Estimator
 from fisherfn.estimators.observe import Labels
 from fisherfn.estimators.observer import Observer
@@ -25,6 +26,41 @@ from fisherfn.estimators.products.fisher import fisher_vp
 from fisherfn.estimators.products.linear import load_forward_mode
 from fisherfn.estimators.products.output import OutputFisher
 from fisherfn.estimators.products.plain import Chosen, Flat
+
+
+class Quadratic:
+    """The loss and its model, for an estimator; also in code that `torch.compile` is tracing."""
+
+    def __init__(self, caller: str, estimator: Estimator) -> None:
+        """Errors are raised on behalf of `caller`."""
+        self.caller = caller
+        self.estimator = estimator
+        self.slot = opaque.register(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy by making it again."""
+        return Quadratic, (self.caller, self.estimator)
+
+    def loss(self, params: Tree, buffers: Tree, batch: Batch) -> Tensor:
+        """Return the mean negative log-likelihood of the targets; see `loss`."""
+        return self._call({"params": params}, buffers, batch)
+
+    def products(
+        self, params: Tree, buffers: Tree, batch: Batch, vectors: Sequence[Tree]
+    ) -> Tensor:
+        """Return uᵀ F v for all pairs of vectors; see `products`."""
+        return self._call({"params": params, "vectors": list(vectors)}, buffers, batch)
+
+    def _call(self, given: dict[str, Any], buffers: Tree, batch: Batch) -> Tensor:
+        if torch.compiler.is_dynamo_compiling():
+            return opaque.call(self.slot, given, buffers, batch, None)
+        return self.traced(given, buffers, batch, None)
+
+    def traced(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Tensor:
+        """Compute either, from the parameters and, if they are there, the vectors."""
+        given: dict[str, Any] = params
+        at = self.caller, self.estimator, given["params"], buffers, batch
+        return products(*at, given["vectors"]) if "vectors" in given else loss(*at)
 
 
 def loss(caller: str, estimator: Estimator, params: Tree, buffers: Tree, batch: Batch) -> Tensor:

@@ -19,11 +19,12 @@ from fisherfn.core import random, trees
 from fisherfn.core.errors import OptionError, UnsupportedError
 from fisherfn.core.modes import concrete, unmixed
 from fisherfn.core.trees import Tree
-from fisherfn.curvature import KFAC, Curvature, LowRank
+from fisherfn.curvature import EKFAC, KFAC, Curvature, Layout, LowRank
 from fisherfn.curvature.common import is_number, working_dtype
 from fisherfn.curvature.implicit import Implicit
+from fisherfn.estimators import opaque
 from fisherfn.estimators.ekfac import ekfac
-from fisherfn.estimators.estimator import Estimator
+from fisherfn.estimators.estimator import Estimator, strip
 from fisherfn.estimators.kfac import kfac
 from fisherfn.estimators.products.fisher import Product
 from fisherfn.estimators.together import statistics
@@ -146,12 +147,18 @@ class Stream:
             )
 
 
+@dataclass(frozen=True)
 class EigenStream(Stream):
     """EKFAC: factors are averaged and give the basis, and scales are averaged in that basis.
 
     `average` is a pair: the average of the factors, and that of the scales since the last refresh
     of the basis. George et al. (2018), algorithm 1, with a running average of the scales.
+
+    Attributes:
+        parts: What the estimator consists of.
     """
+
+    parts: Any
 
     def update(
         self,
@@ -179,27 +186,64 @@ class EigenStream(Stream):
         if key is not None:
             key = random.fold_in(key, step.to(key.device))
         factors, scales = (None, None) if state.average is None else state.average
-        made: Estimator = self.estimator
-        options = {k: v for k, v in made.options.items() if k != "basis"}
-        kronecker = kfac(made.model, made.likelihood, **options)
-
-        def in_basis(basis: Any) -> Estimator:
-            return ekfac(made.model, made.likelihood, basis=basis, **options)
-
         if inverted:
             if updated:
-                new = kronecker(params, buffers, batch, key=key)
+                new = self.parts.factors(params, buffers, batch, key=key)
                 factors = averaged(self.decay, factors, new)
             assert factors is not None
             basis = self.invert(factors.mean).matrix
-            found = in_basis(basis)(params, buffers, batch, key=key)
+            found = self.parts.scales(basis, params, buffers, batch, key)
             scales = averaged(self.decay, None, found)
         else:
-            both = statistics(factors=kronecker, scales=in_basis(state.inverse.matrix))
+            own = self.parts.estimator(state.inverse.matrix)
+            both = statistics(factors=self.parts.factors, scales=own)
             found = both(params, buffers, batch, key=key)
             factors = averaged(self.decay, factors, found["factors"])
             scales = averaged(self.decay, scales, found["scales"])
         return CurvatureState((factors, scales), Inverse(scales.mean, None))
+
+
+class Parts:
+    """What an estimator of EKFAC consists of, for bases that are known only when it is called.
+
+    Attributes:
+        made: The estimator.
+        factors: Estimates the Kronecker factors alone.
+    """
+
+    def __init__(self, made: Estimator) -> None:
+        """Take the options of the estimator."""
+        self.made = made
+        self._options = {k: v for k, v in made.options.items() if k != "basis"}
+        self.factors = kfac(made.model, made.likelihood, **self._options)
+        self.slot = opaque.register(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy by making it again."""
+        return Parts, (self.made,)
+
+    def estimator(self, basis: EKFAC) -> Estimator:
+        """Return what estimates the scales in a basis."""
+        return ekfac(self.made.model, self.made.likelihood, basis=basis, **self._options)
+
+    def scales(self, basis: EKFAC, params: Tree, buffers: Tree, batch: Batch, key: Any) -> EKFAC:
+        """Estimate the scales in a basis, also in code that `torch.compile` is tracing."""
+        if not torch.compiler.is_dynamo_compiling():
+            return self.estimator(basis)(params, buffers, batch, key=key)
+        # what is static about the bases is in the names of their tensors
+        given = {"params": params, "basis": replace(basis, basis="factors").stripped()}
+        found = opaque.call(self.slot, given, buffers, batch, key)
+        bases = {"output_basis": basis.output_basis, "input_basis": basis.input_basis}
+        static: dict[str, Any] = {"fisher": basis.fisher, "unit": basis.unit}
+        return EKFAC.restored(found, basis.layout, "given", given=bases, **static)
+
+    def traced(self, params: Any, buffers: Any, batch: Batch, key: Tensor | None) -> Any:
+        """Evaluate, without the static parts of a result that cannot leave a compiled call."""
+        given: dict[str, Any] = params
+        static: dict[str, Any] = {k: self._options[k] for k in ("fisher", "unit")}
+        layout = Layout.of(given["params"])
+        basis = EKFAC.restored(given["basis"], layout, "factors", **static)
+        return strip(self.estimator(basis)(given["params"], buffers, batch, key=key))
 
 
 def averaged(decay: float, average: Any, new: Curvature) -> Any:
@@ -301,7 +345,8 @@ def stream(
     def default(matrix: Any) -> Inverse:
         return invert(matrix, reused=invert_every > 1)
 
-    kind = Stream
+    options = float(decay), update_every, invert_every, inverter or default
     if isinstance(estimator, Estimator) and estimator.name == "ekfac":
-        kind = EigenStream if estimator.options["basis"] is None else Stream
-    return kind(caller, estimator, float(decay), update_every, invert_every, inverter or default)
+        if estimator.options["basis"] is None:
+            return EigenStream(caller, estimator, *options, Parts(estimator))
+    return Stream(caller, estimator, *options)
