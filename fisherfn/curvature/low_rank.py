@@ -23,6 +23,7 @@ from torch import Tensor
 from fisherfn.core import trees
 from fisherfn.core.dtypes import wide, working_dtype
 from fisherfn.core.errors import OptionError
+from fisherfn.core.options import is_count
 from fisherfn.core.trees import Tree
 from fisherfn.curvature import gram, spd
 from fisherfn.curvature.common import (
@@ -268,7 +269,7 @@ class LowRank(Rows):
         """
         caller = "LowRank.truncate"
         self._check(caller)
-        if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        if not is_count(rank):
             raise OptionError(
                 f"{caller}: expected rank to be an integer of at least 1, got {rank!r}. It is the "
                 "number of rows to keep."

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fisherfn.batch import Batch
-from fisherfn.core import trees
+from fisherfn.core import options, trees
 from fisherfn.core.errors import (
     DataError,
     OptionError,
@@ -42,11 +42,8 @@ def check_options(
             f"{caller}: expected unit= to be 'example' or 'position', got {unit!r}. A row of the "
             "batch is an example; its tokens or pixels are positions."
         )
-    if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
-        raise OptionError(
-            f"{caller}: expected num_samples= to be an integer of at least 1, got {num_samples!r}. "
-            "It is the number of draws of labels for each example."
-        )
+    advice = "It is the number of draws of labels for each example."
+    options.check_count(caller, "num_samples", num_samples, 1, advice)
     if num_samples > 1 and fisher in ("exact", "empirical"):
         raise OptionError(
             f"{caller}: expected num_samples=1 for fisher={fisher!r}, got {num_samples}. Nothing "
@@ -58,30 +55,15 @@ def check_options(
 
 def check_chunk_size(caller: str, chunk_size: Any) -> None:
     """Raise unless `chunk_size` is None or a positive integer."""
-    if chunk_size is None:
-        return
-    if isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1:
-        raise OptionError(
-            f"{caller}: expected chunk_size= to be None or an integer of at least 1, got "
-            f"{chunk_size!r}. It is the number of examples that are processed together."
-        )
+    advice = "It is the number of examples that are processed together."
+    options.check_count(caller, "chunk_size", chunk_size, 1, advice, optional=True)
 
 
 def check_key(caller: str, labels: Labels, key: Any) -> None:
     """Raise unless there is a key where labels are drawn."""
     if labels.fisher not in ("mc", "curvature_prop"):
         return
-    if not isinstance(key, Tensor):
-        got = "None" if key is None else type(key).__name__
-        raise OptionError(
-            f"{caller}: expected key= for fisher={labels.fisher!r}, got {got}. Pass "
-            "key=random.key(seed); the same key draws the same labels."
-        )
-    if key.dtype != torch.int64 or tuple(key.shape) != (2,):
-        raise ShapeError(
-            f"{caller}: expected key= to be one key, int64 of shape (2,), got {key.dtype} of shape "
-            f"{tuple(key.shape)}. Make it with random.key(seed)."
-        )
+    options.check_key(caller, key, f"fisher={labels.fisher!r}", "labels")
 
 
 def check_params(caller: str, params: Any) -> list[Tensor]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError
+from fisherfn.core.options import check_count
 from fisherfn.estimators import checks
 from fisherfn.estimators.estimator import Estimator
 from fisherfn.estimators.statistic import Frame, Statistic
@@ -23,7 +24,6 @@ from fisherfn.layers.leaf import LeafScores
 from fisherfn.layers.lookup import Lookup
 from fisherfn.layers.outer import Outer
 from fisherfn.likelihoods import resolve
-from fisherfn.linalg.space import check_count
 
 #: Columns of S, at most: their inner products are a dense matrix.
 COLUMNS_BUDGET = 16_384

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fisherfn.core.errors import OptionError
+from fisherfn.core.options import check_count, is_count
 from fisherfn.estimators import checks
 from fisherfn.estimators.observe import FORWARD_ONLY, Labels
 
@@ -68,12 +69,8 @@ class Settings:
                     f"{caller}: expected {name}= to be one of {', '.join(map(repr, allowed))}, got "
                     f"{got!r}. See the documentation of {caller} for what they mean."
                 )
-        widest = self.widest
-        if isinstance(widest, bool) or not isinstance(widest, int) or widest < 1:
-            raise OptionError(
-                f"{caller}: expected widest= to be an integer of at least 1, got {widest!r}. It is "
-                "the size of the largest factor that is kept as a matrix."
-            )
+        advice = "It is the size of the largest factor that is kept as a matrix."
+        check_count(caller, "widest", self.widest, 1, advice)
         _check_partition(caller, self.partition)
         _check_joint(caller, self.joint)
         return Labels(FORWARD_ONLY, 1, self.unit) if asked != self.fisher else labels
@@ -84,8 +81,7 @@ def _check_partition(caller: str, given: Any) -> None:
         return
     pairs: list[Any] = list(given.items()) if isinstance(given, Mapping) else [(None, given)]
     for path, many in pairs:
-        number = isinstance(many, int) and not isinstance(many, bool) and many >= 1
-        if not (isinstance(path, str) and number):
+        if not (isinstance(path, str) and is_count(many)):
             raise OptionError(
                 f"{caller}: expected partition= to be a dict from paths of weights to numbers of "
                 f"blocks, got {given!r}. For four heads: {{'attn.q.weight': 4}}."

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError
+from fisherfn.core.options import check_count
 from fisherfn.curvature import LowRank
 from fisherfn.estimators import checks
 from fisherfn.estimators.dense import MATRIX_BUDGET
@@ -120,11 +121,8 @@ def low_rank(
                 [-1.,  1.]])
     """
     labels = checks.check_options("low_rank", model, fisher, num_samples, unit, chunk_size)
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
-        raise OptionError(
-            f"low_rank: expected rank= to be None or an integer of at least 1, got {rank!r}. It is "
-            "the number of rows to keep; None keeps all, which is exact."
-        )
+    advice = "It is the number of rows to keep; None keeps all, which is exact."
+    check_count("low_rank", "rank", rank, 1, advice, optional=True)
     options = {
         "fisher": fisher,
         "num_samples": num_samples,

@@ -14,13 +14,14 @@ from fisherfn import linalg
 from fisherfn.batch import Batch
 from fisherfn.core import random
 from fisherfn.core.errors import OptionError
+from fisherfn.core.options import check_count
 from fisherfn.estimators import opaque
 from fisherfn.estimators.products.linearized import Linearizer, make
 from fisherfn.likelihoods.base import Likelihood
 from fisherfn.linalg.hutchinson import stopper
 from fisherfn.linalg.probes import check_probes
 from fisherfn.linalg.results import Estimate
-from fisherfn.linalg.space import check_count, check_key
+from fisherfn.linalg.space import check_key
 
 METHODS = {"hutchinson": linalg.hutchinson, "hutchpp": linalg.hutchpp, "xtrace": linalg.xtrace}
 _FEWEST = {"hutchinson": 1, "hutchpp": 3, "xtrace": 4}

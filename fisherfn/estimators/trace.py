@@ -15,6 +15,7 @@ from torch import Tensor
 from fisherfn.core import random
 from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import OptionError
+from fisherfn.core.options import check_count
 from fisherfn.estimators import checks
 from fisherfn.estimators.estimator import Estimator
 from fisherfn.estimators.observe import Observed
@@ -26,7 +27,7 @@ from fisherfn.layers.outer import Outer
 from fisherfn.likelihoods import resolve
 from fisherfn.linalg.hutchinson import summary
 from fisherfn.linalg.results import Estimate
-from fisherfn.linalg.space import check_count, check_key
+from fisherfn.linalg.space import check_key
 
 
 class NormSum(Statistic):

@@ -8,9 +8,9 @@ then those of v, whatever the order in memory.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from fisherfn.core.errors import OptionError, ShapeError
+from fisherfn.core.options import is_count
 from fisherfn.groups.spec import GroupSpec
 
 HEAD_LAYOUTS = ("separate", "qkv", "kv", "interleaved")
@@ -58,7 +58,7 @@ def heads(
         )
     kv = num_heads if num_kv_heads is None else num_kv_heads
     for name, value in (("num_heads", num_heads), ("num_kv_heads", kv), ("head_dim", head_dim)):
-        if value is not None and not _positive(value):
+        if value is not None and not is_count(value):
             raise OptionError(
                 f"groups.heads: expected {name} to be an integer of at least 1, got {value!r}. "
                 "Read it from the model's configuration."
@@ -68,7 +68,7 @@ def heads(
             "groups.heads: expected num_kv_heads for fused projections only, got it for layout "
             "'separate'. Pass the projection's own number of heads as num_heads."
         )
-    if isinstance(axis, bool) or not isinstance(axis, int) or not 0 <= axis < len(shape):
+    if not (is_count(axis, 0) and axis < len(shape)):
         raise ShapeError(
             f"groups.heads: expected an axis of the shape {tuple(shape)}, got {axis!r}. Axes are "
             "counted from 0."
@@ -102,7 +102,3 @@ def _interleaved(num_heads: int, kv: int) -> tuple[int, ...]:
         order += [j * each + i for i in range(each)]
         order += [num_heads + j, num_heads + kv + j]
     return tuple(order)
-
-
-def _positive(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.errors import OptionError, ShapeError
+from fisherfn.core.options import is_count
 
 KINDS = ("channel", "head", "row", "bucket", "element", "tensor", "label")
 LAYOUTS = ("runs", "blocks", "elements", "whole")
@@ -315,7 +316,7 @@ def check_bucket(caller: str, bucket: Any) -> None:
     Raises:
         OptionError: It is not.
     """
-    if isinstance(bucket, bool) or not isinstance(bucket, int) or bucket < 1:
+    if not is_count(bucket):
         raise OptionError(
             f"groups.{caller}: expected bucket to be an integer of at least 1, got {bucket!r}. It "
             "is the number of rows in one group."
@@ -341,7 +342,7 @@ def whole(shape: Sequence[int]) -> GroupSpec:
 
 
 def _axis(caller: str, shape: Sequence[int], axis: int) -> int:
-    if isinstance(axis, bool) or not isinstance(axis, int) or not 0 <= axis < len(shape):
+    if not (is_count(axis, 0) and axis < len(shape)):
         raise ShapeError(
             f"groups.{caller}: expected an axis of the shape {tuple(shape)}, got {axis!r}. Axes "
             "are counted from 0."

@@ -16,6 +16,7 @@ from torch import Tensor
 from fisherfn.core import trees
 from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import OptionError, ShapeError, UnsupportedError
+from fisherfn.core.options import is_count
 from fisherfn.likelihoods import base
 
 
@@ -91,12 +92,12 @@ class Custom(base.Likelihood):
                 f"custom: expected root and columns together, got columns={columns!r} and "
                 f"root={self.root_function!r}. columns is the number of columns of the root."
             )
-        if columns is not None and not callable(columns) and not _is_count(columns, 1):
+        if columns is not None and not callable(columns) and not is_count(columns, 1):
             raise OptionError(
                 f"custom: expected an integer >= 1 or a function, got {columns!r} at columns. "
                 "It is the number of columns of the root."
             )
-        if not _is_count(self.position_ndim, 0):
+        if not is_count(self.position_ndim, 0):
             raise OptionError(
                 f"custom: expected an integer >= 0, got {self.position_ndim!r} at position_ndim. "
                 "It counts the axes of log_prob after the batch."
@@ -326,7 +327,3 @@ def _detached(outputs: Any, value: Tensor) -> bool:
 
 def _widen(tree: Any) -> Any:
     return trees.map(wide, tree)
-
-
-def _is_count(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least

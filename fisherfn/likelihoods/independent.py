@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fisherfn.core.dtypes import wide
 from fisherfn.core.errors import OptionError, ShapeError
+from fisherfn.core.options import is_count
 from fisherfn.likelihoods import base
 
 
@@ -34,7 +35,7 @@ class Independent(base.Likelihood):
     def __post_init__(self) -> None:
         """Refuse a number of axes that is none."""
         n = self.event_ndim
-        if isinstance(n, bool) or not isinstance(n, int) or n < 0:
+        if not is_count(n, 0):
             raise OptionError(
                 f"{self.name}: expected an integer >= 0, got {n!r} at event_ndim. It counts the "
                 "trailing axes of the outputs that make up one event."

@@ -10,9 +10,10 @@ from torch import Tensor
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError
 from fisherfn.core.modes import concrete
+from fisherfn.core.options import check_count
 from fisherfn.core.trees import Tree
 from fisherfn.linalg.results import REASONS, Solution
-from fisherfn.linalg.space import Block, Operator, Space, check_count, choose
+from fisherfn.linalg.space import Block, Operator, Space, choose
 
 _MOST_STEPS = 1000
 #: Steps without a new smallest residual after which a solve counts as stagnating.

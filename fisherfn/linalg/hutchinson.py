@@ -10,10 +10,11 @@ from torch import Tensor
 
 from fisherfn.core.errors import OptionError, UnsupportedError
 from fisherfn.core.modes import concrete
+from fisherfn.core.options import check_count
 from fisherfn.core.trees import Tree
 from fisherfn.linalg.probes import Probes, check_probes
 from fisherfn.linalg.results import Estimate, summary
-from fisherfn.linalg.space import Operator, Space, check_count, check_key
+from fisherfn.linalg.space import Operator, Space, check_key
 
 #: Draws before an early stop is thought of: the spread of fewer is too often small by chance.
 FEWEST = 5

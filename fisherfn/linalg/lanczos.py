@@ -23,6 +23,7 @@ from torch import Tensor
 
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError
+from fisherfn.core.options import check_count
 from fisherfn.core.trees import Tree
 from fisherfn.linalg.probes import draw
 from fisherfn.linalg.results import Eigenpairs
@@ -31,7 +32,6 @@ from fisherfn.linalg.space import (
     Block,
     Operator,
     Space,
-    check_count,
     check_key,
     joined,
     refuse_transformed,

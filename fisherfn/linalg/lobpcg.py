@@ -10,6 +10,7 @@ from torch.overrides import TorchFunctionMode
 
 from fisherfn.core.errors import OptionError, UnsupportedError
 from fisherfn.core.modes import unmixed
+from fisherfn.core.options import check_count
 from fisherfn.core.trees import Tree
 from fisherfn.linalg.lanczos import check_pairs
 from fisherfn.linalg.probes import draw
@@ -18,7 +19,6 @@ from fisherfn.linalg.space import (
     Block,
     Operator,
     Space,
-    check_count,
     check_key,
     refuse_transformed,
 )

@@ -13,11 +13,12 @@ from torch import Tensor
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError
 from fisherfn.core.modes import transformed
+from fisherfn.core.options import check_count
 from fisherfn.core.trees import Tree
 from fisherfn.linalg.hutchinson import summary
 from fisherfn.linalg.probes import Probes, check_probes
 from fisherfn.linalg.results import Estimate
-from fisherfn.linalg.space import Basis, Block, Operator, Space, check_count, check_key, choose
+from fisherfn.linalg.space import Basis, Block, Operator, Space, check_key, choose
 
 # Products with each random vector, where nothing is said.
 _STEPS = 30

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from fisherfn.core import trees
+from fisherfn.core import options, trees
 from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError, ShapeError, TreeMismatchError, UnsupportedError
 from fisherfn.core.modes import compiling, transformed, unmixed
@@ -287,29 +287,9 @@ class Basis:
         return block, total
 
 
-def check_count(caller: str, name: str, value: Any, low: int, advice: str) -> int:
-    """Return an option, or raise unless it is an integer of at least `low`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise OptionError(
-            f"{caller}: expected {name}= to be an integer of at least {low}, got {value!r}. "
-            f"{advice}"
-        )
-    return value
-
-
 def check_key(caller: str, key: Any) -> None:
-    """Raise unless there is one key."""
-    if not isinstance(key, Tensor):
-        got = "None" if key is None else type(key).__name__
-        raise OptionError(
-            f"{caller}: expected key= for random vectors, got {got}. Pass key=random.key(seed); "
-            "the same key draws the same vectors."
-        )
-    if key.dtype != torch.int64 or tuple(key.shape) != (2,):
-        raise ShapeError(
-            f"{caller}: expected key= to be one key, int64 of shape (2,), got {key.dtype} of shape "
-            f"{tuple(key.shape)}. Make it with random.key(seed)."
-        )
+    """Raise unless there is one key, for random vectors."""
+    options.check_key(caller, key, "random vectors", "vectors")
 
 
 def refuse_transformed(caller: str, instead: str) -> None:

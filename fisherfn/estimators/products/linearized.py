@@ -14,6 +14,7 @@ from fisherfn.batch import Batch
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, TreeMismatchError, UnsupportedError
 from fisherfn.core.modes import unmixed, version
+from fisherfn.core.options import check_count
 from fisherfn.estimators.products import fisher, parts
 from fisherfn.estimators.products.linear import Ready
 from fisherfn.estimators.products.plain import Chosen
@@ -104,13 +105,8 @@ class Linearized:
             TreeMismatchError: the vectors are not like the parameters.
         """
         name = self._product.name
-        if chunk_size is not None and (
-            isinstance(chunk_size, bool) or not isinstance(chunk_size, int) or chunk_size < 1
-        ):
-            raise OptionError(
-                f"{name}: expected chunk_size= to be None or an integer of at least 1, got "
-                f"{chunk_size!r}. It is the number of vectors that are multiplied together."
-            )
+        advice = "It is the number of vectors that are multiplied together."
+        check_count(name, "chunk_size", chunk_size, 1, advice, optional=True)
         many = _length(name, tangents)
         if not self._parts:
             params, buffers, batch, key = self._arguments
