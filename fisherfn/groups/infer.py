@@ -31,6 +31,7 @@ _SIMPLE: dict[str, Callable[[tuple[int, ...]], GroupSpec]] = {
     "tensor": make.whole,
 }
 _ATTENTION = re.compile(r"(?:^|\.)(?:q_proj|k_proj|v_proj|qkv_proj|o_proj)$")
+_WITHIN = re.compile(r"att(?:n|ention)[^.]*(?:\.[^.]+)+\.weight$", re.IGNORECASE)
 _STACKED = re.compile(r"(?:^|\.)(?:layers|layer|h|blocks|block)\.\d+\.(?P<rest>.+)\.weight$")
 
 
@@ -247,8 +248,11 @@ class _Asked:
         """Report a projection of attention whose heads nobody knows."""
         if found.kind != "channel" or len(found.shape) != 2:
             return
-        match = _STACKED.search(path.replace("/", "."))
-        if match is None or not _ATTENTION.search(component(match["rest"])):
+        name = path.replace("/", ".")
+        match = _STACKED.search(name)
+        sure = match is not None and _ATTENTION.search(component(match["rest"]))
+        # without a table, whatever is called attention may have heads
+        if not sure and (self.architecture is not None or not _WITHIN.search(name)):
             return
         who = f"the architecture {self.kind!r} has no table" if self.kind else "no configuration"
         self.unknown[path] = f"heads of attention: {who}; kept as channels"

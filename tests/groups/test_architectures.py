@@ -257,6 +257,31 @@ def test_an_architecture_without_a_table_is_reported() -> None:
     assert infer(params, module, rules=rules)[fused].parts == (("q", 2), ("k", 2), ("v", 2))
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "weights"),
+    [
+        ("Albert", {"embedding_size": 4}, ("query", "key", "value", "dense")),
+        ("MPNet", {}, ("q", "k", "v", "o")),
+        ("DebertaV2", {}, ("query_proj", "key_proj", "value_proj", "dense")),
+        ("Electra", {"embedding_size": 4}, ("query", "key", "value", "dense")),
+    ],
+)
+def test_heads_of_any_attention_without_a_table_are_reported(
+    name: str, options: dict[str, Any], weights: tuple[str, ...]
+) -> None:
+    import transformers
+
+    settings = {k: v for k, v in DECODER.items() if k not in ("num_key_value_heads", "use_cache")}
+    settings.pop("attn_implementation")
+    config = getattr(transformers, f"{name}Config")(**settings | options)
+    with torch.device("meta"):
+        module = getattr(transformers, f"{name}Model")(config)
+    specs = infer(parameters(module), module)
+    reported = {path.split(".")[-2] for path, why in specs.unknown.items() if "heads" in why}
+    assert reported == set(weights)
+    assert not any("intermediate" in path or "embedding" in path for path in specs.unknown)
+
+
 def test_experts_are_reported() -> None:
     with cases.seeded(0):
         module = language.mixtral()
