@@ -166,8 +166,9 @@ def _bootstrap(samples: Tree, weights: Tensor, p: float, key: Tensor, replicates
     n = len(weights)
     there = (weights > 0).sum()
     uniform = random.uniform(key.to(weights.device), (replicates, n), torch.float64)
-    # the observations that are there come last in a window; in a sample all are there
-    index = n - 1 - torch.minimum((uniform * there).long(), there - 1).clamp(min=0)
+    # those that are there come last: places of a window may be empty, or have weight 0
+    order = (weights > 0).to(torch.int8).argsort(stable=True)
+    index = order[n - 1 - torch.minimum((uniform * there).long(), there - 1).clamp(min=0)]
     drawn = torch.arange(n, device=weights.device) >= n - there  # n draws of n observations
     times = torch.zeros(replicates, n, dtype=torch.float64, device=weights.device)
     times = times.scatter_add(1, index, drawn.to(times.dtype).expand(replicates, n)) * weights

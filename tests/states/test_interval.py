@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from states.streams import tree
 from states.test_ema import close, folded
 
 from fisherfn.core import random
@@ -105,6 +106,21 @@ def test_bootstrap_of_a_window_is_that_of_its_members() -> None:
         folded(window(9), list(x), [1.0] + [1e-9] * 8)[1], method="bootstrap", key=KEY
     )
     assert torch.isfinite(weighted.lower).all()
+
+
+@pytest.mark.parametrize("where", [0, 1, 3])
+def test_bootstrap_leaves_out_members_of_no_weight(where: int) -> None:
+    members, weights = [tree(i) for i in range(4)], [1.0, 2.0, 0.5, 1.5]
+    plain, other = window(5), window(5)
+    kept, state = plain.init(members[0]), other.init(members[0])
+    for i, (x, w) in enumerate(zip(members, weights, strict=True)):
+        if i == where:
+            _, state = other.update(tree(99, scale=1e3), state, weight=0.0)
+        _, kept = plain.update(x, kept, weight=w)
+        _, state = other.update(x, state, weight=w)
+    want = interval(kept, method="bootstrap", key=KEY)
+    found = interval(state, method="bootstrap", key=KEY)
+    close(found, want, 1e-14)
 
 
 def test_bootstrap_in_pieces_is_bootstrap(monkeypatch: pytest.MonkeyPatch) -> None:
