@@ -128,3 +128,22 @@ def test_float32_is_near_float64() -> None:
         torch.testing.assert_close(
             v["w"].double(), want.solve(params, damping=0.1)["w"], rtol=1e-3, atol=1e-3
         )
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_small_eigenvalues_of_wide_factors_are_kept_beside_a_small_damping(few: bool) -> None:
+    n = 512 if few else 256
+    spectrum = torch.logspace(0, -6, 256, dtype=torch.float64)
+    basis = torch.linalg.qr(loops.normal(0, n, 256)).Q
+    factor = ((basis * spectrum) @ basis.mT).float().unsqueeze(0)
+    (found,) = spectra.decompose([factor], ["matrix"], [256] if few else None)
+    assert found.form == ("rows" if few else "matrix")
+    # in units of the largest: the bound n·eps for errors, 3e-5 or 6e-5, is a third of the damping
+    damping = 1e-4
+    assert found.basis is not None
+    turned = basis.mT @ found.basis[0].double()
+    inside = (turned / (found.values[0].double() + damping)) @ turned.mT
+    want = (1.0 / (spectrum + damping)).diag()
+    rest = (torch.eye(256, dtype=torch.float64) - turned @ turned.mT) / damping
+    error = torch.linalg.matrix_norm(inside + rest - want, 2) * damping
+    assert error < 0.1
