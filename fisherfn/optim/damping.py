@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from fisherfn.core.errors import OptionError
 from fisherfn.curvature import Curvature
-from fisherfn.curvature.common import check_damping, is_number
+from fisherfn.curvature.common import Scalar, check_damping, is_number
+from fisherfn.optim.options import check_size, check_steps
 
 Damping: TypeAlias = "float | Tensor | Callable[[Any], Any] | LevenbergMarquardt | Jeffreys"
 
@@ -74,13 +75,13 @@ def levenberg_marquardt(
     """
     caller = "optim.levenberg_marquardt"
     for name, value in (("initial", initial), ("lower", lower), ("upper", upper)):
-        _check_positive(caller, name, value)
+        check_size(caller, name, value, zero=False)
     if not lower <= initial <= upper:
         raise OptionError(
             f"{caller}: expected lower <= initial <= upper, got {lower}, {initial}, {upper}. "
             "Widen the range."
         )
-    _check_count(caller, "every", every)
+    check_steps(caller, "every", every)
     if not is_number(factor) or not 0 < factor < 1:
         raise OptionError(
             f"{caller}: expected factor in (0, 1), got {factor!r}. It is what λ is multiplied by, "
@@ -128,7 +129,7 @@ def jeffreys(scale: float = 1.0, *, floor: float = 1e-8) -> Jeffreys:
         tensor(1.)
     """
     for name, value in (("scale", scale), ("floor", floor)):
-        _check_positive("optim.jeffreys", name, value)
+        check_size("optim.jeffreys", name, value, zero=False)
     return Jeffreys(float(scale), float(floor))
 
 
@@ -145,29 +146,25 @@ def check_rule(caller: str, damping: Any) -> Damping:
     return check_damping(caller, damping)
 
 
-def read(caller: str, rule: Damping, state: Any, like: Tensor) -> Tensor:
-    """Return the λ of a constant or of a function of the state, as a 0-d tensor.
+def current(caller: str, rule: Damping, state: Any, size: int, like: Tensor) -> Scalar:
+    """Return the λ of this step: a number where the rule is one, else a 0-d tensor.
+
+    Args:
+        caller: The function on whose behalf errors are raised.
+        rule: Any but `levenberg_marquardt`, whose λ is kept by the optimizer.
+        state: The optimizer's, with the curvature of this step.
+        size: Number of parameters.
+        like: A tensor of the dtype and on the device of the result of a function.
 
     Raises:
         OptionError: The function returned something else than a number of at least 0.
     """
+    if isinstance(rule, Jeffreys):
+        return rule.of(state.curvature.inverse.matrix, size)
+    if is_number(rule):
+        return cast(float, rule)
     value = rule(state) if callable(rule) and not isinstance(rule, Tensor) else rule
     checked = check_damping(caller, value)
     if isinstance(checked, Tensor):
         return checked.to(like.device, like.dtype)
     return torch.full_like(like, checked)
-
-
-def _check_positive(caller: str, name: str, value: Any) -> None:
-    if not is_number(value) or not 0 < value < float("inf"):
-        raise OptionError(
-            f"{caller}: expected {name} to be a positive number, got {value!r}. Pass one."
-        )
-
-
-def _check_count(caller: str, name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(
-            f"{caller}: expected {name} to be an integer of at least 1, got {value!r}. It counts "
-            "steps."
-        )

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from fisherfn.batch import Batch
 from fisherfn.core import trees
+from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError
 from fisherfn.core.modes import concrete, unmixed
 from fisherfn.core.trees import Tree
-from fisherfn.curvature.common import is_number, working_dtype
+from fisherfn.curvature.common import is_number
 from fisherfn.optim import damping as rules
 from fisherfn.optim import inverse as inverses
 from fisherfn.optim import quadratic
-from fisherfn.optim.damping import Damping, Jeffreys, LevenbergMarquardt
+from fisherfn.optim.damping import Damping, LevenbergMarquardt
+from fisherfn.optim.options import check_size
 from fisherfn.optim.stream import CurvatureState, Stream, stream
 from fisherfn.optim.transform import GradientTransform
 
@@ -150,11 +152,8 @@ class _Rule:
         rule = self.damping
         if isinstance(rule, LevenbergMarquardt):
             return state.damping
-        if isinstance(rule, Jeffreys):
-            return rule.of(state.curvature.inverse.matrix, trees.size(grads))
-        if is_number(rule):
-            return rule
-        return rules.read(f"{caller}.update", rule, state, state.damping)
+        size = trees.size(grads)
+        return rules.current(f"{caller}.update", rule, state, size, state.damping)
 
     def _kept(self, damping: Any, state: NaturalGradientState) -> Tensor:
         """Return the λ of a step as the state keeps it."""
@@ -315,7 +314,7 @@ def natural_gradient(
     source = stream(caller, estimator, decay, update_every, invert_every, invert)
     rule = rules.check_rule(caller, damping)
     if learning_rate is not None and not callable(learning_rate):
-        _check_number(caller, "learning_rate", learning_rate, zero=False)
+        check_size(caller, "learning_rate", learning_rate, zero=False)
     if momentum == EXACT:
         if learning_rate is not None:
             raise OptionError(
@@ -323,7 +322,7 @@ def natural_gradient(
                 f"{learning_rate!r}. Length and momentum are then found together."
             )
     else:
-        _check_number(caller, "momentum", momentum)
+        check_size(caller, "momentum", momentum)
         if momentum >= 1:
             raise OptionError(f"{caller}: expected momentum below 1, got {momentum}. Use 0.9.")
         if momentum and learning_rate is None:
@@ -332,13 +331,13 @@ def natural_gradient(
                 "Length and momentum are then found together."
             )
     if kl_clip is not None:
-        _check_number(caller, "kl_clip", kl_clip, zero=False)
+        check_size(caller, "kl_clip", kl_clip, zero=False)
         if learning_rate is None:
             raise OptionError(
                 f"{caller}: expected kl_clip=None for learning_rate=None, got {kl_clip}. The "
                 "length is then that of the quadratic model."
             )
-    _check_number(caller, "weight_decay", weight_decay)
+    check_size(caller, "weight_decay", weight_decay)
     needs_loss = learning_rate is None or isinstance(rule, LevenbergMarquardt)
     known = [hasattr(estimator, name) for name in ("model", "likelihood", "options")]
     if needs_loss and not all(known):
@@ -350,12 +349,3 @@ def natural_gradient(
     exact = quadratic.Quadratic(f"{caller}.update", estimator) if needs_loss else None
     made = _Rule(source, learning_rate, rule, kl_clip, momentum, float(weight_decay), exact)
     return GradientTransform(made.init, made.update)
-
-
-def _check_number(caller: str, name: str, value: Any, *, zero: bool = True) -> None:
-    fine = is_number(value) and 0 <= value < float("inf") and (zero or value > 0)
-    if not fine:
-        what = "a number of at least 0" if zero else "a positive number"
-        raise OptionError(
-            f"{caller}: expected {name} to be {what}, got {value!r}. Pass a plain number."
-        )

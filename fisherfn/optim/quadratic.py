@@ -15,9 +15,9 @@ from torch.autograd import forward_ad
 
 from fisherfn.batch import Batch
 from fisherfn.core import trees
+from fisherfn.core.dtypes import widest
 from fisherfn.core.modes import transformed, unmixed
 from fisherfn.core.trees import Tree
-from fisherfn.curvature.common import widest
 from fisherfn.estimators import checks, opaque
 from fisherfn.estimators.estimator import Estimator
 from fisherfn.estimators.observe import Labels

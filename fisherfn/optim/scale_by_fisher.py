@@ -12,10 +12,10 @@ from fisherfn.batch import Batch
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError
 from fisherfn.core.trees import Tree
-from fisherfn.curvature.common import check_number, is_number
+from fisherfn.curvature.common import check_number
 from fisherfn.optim import damping as rules
 from fisherfn.optim import inverse as inverses
-from fisherfn.optim.damping import Damping, Jeffreys, LevenbergMarquardt
+from fisherfn.optim.damping import Damping, LevenbergMarquardt
 from fisherfn.optim.stream import CurvatureState, stream
 from fisherfn.optim.transform import GradientTransform
 
@@ -104,13 +104,8 @@ def scale_by_fisher(
         fixed = None if params is None else trees.map(lambda x: x.detach(), params)
         curvature = source.update(state.curvature, state.step, fixed, buffers, batch, key, refresh)
         state = state._replace(curvature=curvature)
-        value: Any = rule
-        if isinstance(rule, Jeffreys):
-            value = rule.of(curvature.inverse.matrix, trees.size(grads))
-        elif not is_number(rule):
-            value = rules.read(
-                f"{caller}.update", rule, state, torch.zeros((), dtype=torch.float64)
-            )
+        like = torch.zeros((), dtype=torch.float64)
+        value = rules.current(f"{caller}.update", rule, state, trees.size(grads), like)
         found = inverses.apply(f"{caller}.update", curvature.inverse, grads, power, value)
         return found, state._replace(step=state.step + 1)
 

@@ -16,11 +16,12 @@ from torch import Tensor
 
 from fisherfn.batch import Batch
 from fisherfn.core import random, trees
+from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError, UnsupportedError
 from fisherfn.core.modes import concrete, unmixed
 from fisherfn.core.trees import Tree
 from fisherfn.curvature import EKFAC, KFAC, Curvature, Layout, LowRank
-from fisherfn.curvature.common import is_number, working_dtype
+from fisherfn.curvature.common import is_number
 from fisherfn.curvature.implicit import Implicit
 from fisherfn.estimators import opaque
 from fisherfn.estimators.ekfac import ekfac
@@ -30,6 +31,7 @@ from fisherfn.estimators.products.fisher import Product
 from fisherfn.estimators.together import statistics
 from fisherfn.models import FunctionalModel
 from fisherfn.optim.inverse import Inverse, invert
+from fisherfn.optim.options import check_steps
 from fisherfn.states import ema
 
 
@@ -323,12 +325,8 @@ def stream(
             f"{caller}: expected decay in [0, 1), got {decay!r}. 0.95 averages over about 20 "
             "estimates, 0 keeps the latest."
         )
-    for name, value in (("update_every", update_every), ("invert_every", invert_every)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise OptionError(
-                f"{caller}: expected {name} to be an integer of at least 1, got {value!r}. It "
-                "counts steps."
-            )
+    check_steps(caller, "update_every", update_every)
+    check_steps(caller, "invert_every", invert_every)
     if inverter is not None and not callable(inverter):
         raise OptionError(
             f"{caller}: expected invert to be a function, got {type(inverter).__name__}. Pass "
