@@ -111,7 +111,10 @@ def capture(model: Any) -> Callable[[Any, Any, Any], Capture]:
 
     def run(params: Any, buffers: Any, inputs: Any) -> Capture:
         if not trees.leaves(params):
-            raise TreeMismatchError("capture: expected params with tensors, got none.")
+            raise TreeMismatchError(
+                "capture: expected params with at least one tensor, got none. Pass what "
+                "functional() returned."
+            )
         plan = plan_for(model, params, buffers, inputs)
         captured = Captured(model, params, buffers, inputs, plan, plain=False)
         return Capture(captured, params)

@@ -193,3 +193,8 @@ def test_every_registered_rule_has_a_case() -> None:
         used.update(use.split(" #")[0] for row in report.rows for use in row.uses)
     registered = {rule.name for rule in registry._RULES.values()}
     assert registered <= used, registered - used
+
+
+def test_capture_needs_parameters() -> None:
+    with pytest.raises(ff.TreeMismatchError, match=r"^capture: expected params with at least one"):
+        ff.capture(lambda params, buffers, x: x)({}, {}, torch.ones(2, 1))

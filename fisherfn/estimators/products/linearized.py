@@ -158,7 +158,8 @@ def _length(caller: str, tangents: Any) -> int:
         )
     if len(leaves[0]) == 0:
         raise TreeMismatchError(
-            f"{caller}: expected at least one vector, got a leading axis of size 0."
+            f"{caller}: expected at least one vector, got a leading axis of size 0. Stack one or "
+            "more: torch.stack([...]) leaf by leaf."
         )
     return len(leaves[0])
 
