@@ -352,7 +352,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cases = list(agreement_cases.PROBLEMS)
     parser.add_argument("--case", nargs="+", choices=cases, default=cases)
     parser.add_argument("--library", nargs="+", choices=list(LIBRARIES), help="default: installed")
-    parser.add_argument("--output", type=Path, default=report.ROOT / "benchmarks" / "results")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=report.ROOT / "benchmarks" / "results",
+        help="folder of the results",
+    )
     asked = parser.parse_args(arguments)
     findings = [
         ask(agreement_cases.build(name), library, structure, fisher)

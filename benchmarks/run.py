@@ -146,7 +146,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--threads", type=int, default=torch.get_num_threads(), help="threads of torch")
     add("--seed", type=int, default=0, help="of weights and data")
-    add("--output", type=Path, default=report.ROOT / "benchmarks" / "results")
+    add(
+        "--output",
+        type=Path,
+        default=report.ROOT / "benchmarks" / "results",
+        help="folder of the results",
+    )
     return parser
 
 

@@ -62,7 +62,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
-    parser.add_argument("--output", type=Path, default=report.ROOT / "benchmarks" / "results")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=report.ROOT / "benchmarks" / "results",
+        help="folder of the results",
+    )
     asked = parser.parse_args(arguments)
     models = [weigh(name, MODELS[name]()) for name in asked.model]
     content = {

@@ -320,7 +320,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--every", type=int, default=5, help="steps between two evaluations")
     parser.add_argument("--rates", type=float, nargs="+", default=list(RATES), help="of Adam")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--output", type=Path, default=report.ROOT / "benchmarks" / "results")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=report.ROOT / "benchmarks" / "results",
+        help="folder of the results",
+    )
     asked = parser.parse_args(arguments)
     torch.set_num_threads(asked.threads)
     results = []
