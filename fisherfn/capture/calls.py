@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from fisherfn.layers import attention
+from fisherfn.layers.composing import REPLACED
 
 _MHA = F.multi_head_attention_forward
 _MHA_NAMES = (
@@ -45,7 +46,7 @@ _DROPOUTS = (
 )
 _NOISY = frozenset([*_DROPOUTS, F.batch_norm, _SDPA])
 #: What a watcher must see even where no parameter is among the arguments.
-LOOKED_AT = _NOISY | {_MHA}
+LOOKED_AT = _NOISY | {_MHA} | REPLACED
 
 
 def rewritten(function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any] | None:

@@ -10,11 +10,11 @@ from typing import Any
 
 from fisherfn.capture.calls import CallMode, is_attention
 from fisherfn.layers import attention
-from fisherfn.layers.bag import composable
+from fisherfn.layers.composing import composable
 
 
 class PlainAttention(CallMode):
-    """Rewrites calls of attention and of embedding bags; refuses what makes outputs random."""
+    """Rewrites calls whose derivatives do not compose; refuses what makes outputs random."""
 
     def admitted(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call, the plain formula where it is fused attention."""

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from fisherfn.capture.calls import LOOKED_AT, CallMode, is_attention
 from fisherfn.capture.views import getter, steps_of
-from fisherfn.core.modes import version
+from fisherfn.core.modes import in_functorch, version
+from fisherfn.layers.composing import composable
 from fisherfn.layers.registry import Builder, Call, bind, rule_for
 from fisherfn.layers.views import View
 
@@ -137,7 +138,8 @@ class SitePass(CallMode):
         if is_attention(function):
             self.recording.attention = True
         touched = self.tracker.touched(args, kwargs)
-        out = function(*args, **kwargs)
+        run = composable(function, args, kwargs) if in_functorch() else function
+        out = run(*args, **kwargs)
         if touched:
             done = self.tracker.follow(function, touched, args, kwargs, out)
             if done != "nothing":

@@ -25,7 +25,7 @@ from fisherfn.capture.sites import Tracker
 from fisherfn.core.errors import UnsupportedError
 from fisherfn.core.modes import version
 from fisherfn.layers import attention
-from fisherfn.layers.bag import composable
+from fisherfn.layers.composing import composable
 from fisherfn.layers.form import Form
 from fisherfn.layers.registry import bind, rule_for
 from fisherfn.layers.views import View
@@ -80,13 +80,12 @@ class Tape(TorchFunctionMode):
         arguments = rewritten(function, args, kwargs)
         if arguments is not None:
             return attention.multi_head_attention(self.call, arguments)
-        if self.plain:
-            if is_attention(function):
-                return attention.plain_attention(*args, **kwargs)
-            function = composable(function, args, kwargs)
+        if self.plain and is_attention(function):
+            return attention.plain_attention(*args, **kwargs)
         refuse_noise(function, args, kwargs)
         touched = self.tracker.touched(args, kwargs)
-        out = function(*args, **kwargs)
+        run = composable(function, args, kwargs) if self.plain else function
+        out = run(*args, **kwargs)
         if not touched or self.tracker.follow(function, touched, args, kwargs, out) != "use":
             return out
         rule = rule_for(function)

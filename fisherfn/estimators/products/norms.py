@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherfn.core.dtypes import wide
+from fisherfn.layers.composing import plain_prelu, plain_weight_norm
 
 
 def plain_layer_norm(
@@ -81,26 +82,12 @@ def plain_instance_norm(
     return (out if bias is None else out + bias.reshape(shape)).to(input.dtype)
 
 
-def plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    """Return g v / ‖v‖, the norm over all axes but `dim`, or over all if that is -1.
-
-    Args:
-        v: Directions.
-        g: Lengths, of size 1 along the axes of the norm.
-        dim: The axis that is kept.
-
-    Returns:
-        Like `v`.
-    """
-    axes = tuple(i for i in range(v.dim()) if dim == -1 or i != dim)
-    return v * (g / torch.linalg.vector_norm(v, dim=axes, keepdim=True))
-
-
 ALWAYS: dict[Any, Any] = {torch._weight_norm: plain_weight_norm}
 COMPOSED: dict[Any, Any] = {
     F.layer_norm: plain_layer_norm,
     torch.layer_norm: plain_layer_norm,
     F.instance_norm: plain_instance_norm,
+    torch.prelu: plain_prelu,
 }
 
 
