@@ -158,9 +158,8 @@ class _Sum:
         if isinstance(obj, WelfordState):
             return self._welford(obj)
         if isinstance(obj, EveryState):
-            return EveryState(
-                self._latest(obj.step), obj.period, self.of(obj.every), self.of(obj.otherwise)
-            )
+            step, period = self._latest(obj.step), self._period(obj.period)
+            return EveryState(step, period, self.of(obj.every), self.of(obj.otherwise))
         if isinstance(obj, dict):
             return type(obj)((key, self.of(x)) for key, x in obj.items())
         parts = [self.of(x) for x in obj]
@@ -247,6 +246,17 @@ class _Sum:
 
     def _rows(self, x: Tensor) -> Tensor:
         return x if x.ndim == 0 else cut(x, self.wire.world)[self.wire.rank].clone()
+
+    def _period(self, mine: Tensor) -> Tensor:
+        """Return the period that all ranks share; one without data has 0."""
+        found = self.wire.objects(int(mine))
+        shared = {period for period in found if period}
+        if len(shared) > 1:
+            raise OptionError(
+                f"distributed.all_reduce: expected states of one period, got {found} on the ranks. "
+                "Make them with the same states.every(n, ...)."
+            )
+        return torch.full_like(mine, max(found))
 
     def _latest(self, steps: Tensor) -> Tensor:
         """Return the largest clock of all ranks."""

@@ -139,6 +139,9 @@ def no_data(rank: int) -> Any:
         state = fold(estimator, ff.distributed.local_batches(batches((5,))))
         assert (state is None) == (rank > 0)
         found[name] = ff.distributed.all_reduce(state)
+    for name, transform in TRANSFORMS.items():
+        data = ff.distributed.local_batches(batches((5,)))
+        found[name] = ff.distributed.all_reduce(fold(estimators()["diagonal"], data, transform))
     return found
 
 
@@ -196,9 +199,11 @@ def refusals(rank: int) -> Any:
     reduce = ff.distributed.all_reduce
     tree: Any = F.values if rank else F
     named = {"a" if rank else "b": F}
+    lever = ff.states.every(2 + rank, ff.states.ema(0.5)).init(F)
     return {
         "shapes": _refused(lambda: reduce(other)),
         "kinds": _refused(lambda: reduce(of("empirical" if rank else "mc"))),
+        "periods": _refused(lambda: reduce(lever)),
         "units": _refused(lambda: reduce(of("mc", "position" if rank else "example"))),
         "classes": _refused(lambda: reduce({"x": F} if rank else F)),
         "names": _refused(lambda: reduce(named)),

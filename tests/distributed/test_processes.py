@@ -118,6 +118,16 @@ def test_a_rank_may_have_no_data(ranks: Ranks, name: str) -> None:
         assert found[name].examples == 5
 
 
+@pytest.mark.parametrize("name", scenarios.TRANSFORMS)
+def test_a_rank_without_data_gets_the_whole_state(ranks: Ranks, name: str) -> None:
+    fim = scenarios.estimators()["diagonal"]
+    want = scenarios.fold(fim, scenarios.batches((5,)), scenarios.TRANSFORMS[name])
+    for found in ranks["no_data"]:
+        assert trees.structure(found[name]) == trees.structure(want)
+        for x, y in zip(trees.leaves(found[name]), trees.leaves(want), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-14)
+
+
 def test_rows_together_are_the_whole(ranks: Ranks) -> None:
     world = len(ranks["sharded"])
     for name, first in ranks["sharded"][0].items():
@@ -174,6 +184,7 @@ REFUSALS = {
     r"on every rank, got float64 of shape \(5, 4\) on rank 0 and float64 of shape \(6, 4\) on "
     r"rank 1 at values/0\.weight\. Load the same weights",
     "kinds": r"TreeMismatchError: .*got 'mc' on rank 0 and 'empirical' on rank 1 at fisher",
+    "periods": r"OptionError: distributed.all_reduce: expected states of one period, got \[2, 3\]",
     "units": r"TreeMismatchError: .*got 'example' on rank 0 and 'position' on rank 1 at unit",
     "classes": r"TreeMismatchError: .*on rank 0 and .* on rank 1 at the root",
     "names": r"TreeMismatchError: .*got 'b' on rank 0 and 'a' on rank 1",
