@@ -84,7 +84,7 @@ def accumulate(
     """Return the result of an estimator on the joined data of many batches.
 
     A batch without `ids` gets the running numbers of its examples, so that two batches never repeat
-    each other's random labels. One in which everything is masked adds nothing. Interrupt it at
+    each other's random labels. One that is empty or masked throughout adds nothing. Interrupt it at
     will: `on_update` has seen every finished batch, and going on from a state gives what one
     uninterrupted run gives, to the last bit.
 
@@ -137,7 +137,8 @@ def accumulate(
     )
     _check_state(state, options)
     fold = _Fold(options, params, buffers, key, state)
-    total = fold.done + len(batches) if isinstance(batches, Sized) else None
+    length = _length(batches)
+    total = None if length is None else fold.done + length
     stream = iter(batches)
     with reporting(progress) as report:
         while not fold.is_finished():
@@ -197,7 +198,7 @@ class _Fold:
             ids = torch.arange(rows, device=device) + before.examples.to(device)
             batch = dataclasses.replace(batch, ids=ids)
         counted = before._replace(batches=before.batches + 1, examples=before.examples + rows)
-        if _counts_nothing(batch):
+        if rows == 0 or _counts_nothing(batch):
             self.done, self.state = self.done + 1, counted
             return
         result = self._estimate(batch, before.result)
@@ -273,6 +274,14 @@ class _Fold:
             "overflow there: use a wider dtype, repair the data, or leave such batches out with "
             "on_nonfinite='skip'; clipping gradients would only hide it."
         )
+
+
+def _length(batches: Iterable[Batch]) -> int | None:
+    """Return the number of batches, if it is known."""
+    try:
+        return len(batches) if isinstance(batches, Sized) else None
+    except (TypeError, NotImplementedError):  # a DataLoader of an iterable data set
+        return None
 
 
 def _units(result: Any, rows: int) -> Tensor:

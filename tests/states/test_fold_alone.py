@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from states.test_ema import close
 from states.test_fold import KEY, PARAMS, batches, squares
+from torch.utils.data import DataLoader, IterableDataset
 
 import fisherfn as ff
 from fisherfn.batch import Batch
@@ -111,3 +113,38 @@ def test_masks_that_do_not_fit_are_the_estimators_to_refuse(bad: Any) -> None:
     fim = ff.diagonal(model, ff.likelihoods.categorical(), fisher="exact")
     with pytest.raises(FisherError, match="diagonal: "):
         accumulate(fim, params, buffers, [Batch(torch.ones(3, 2, 3).double(), **bad)])
+
+
+class Stream(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(batches([2, 3, 1]))
+
+
+class Endless:
+    """Has a method `__len__` that only raises, as wrappers of streams do."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        return iter(batches([2, 3, 1]))
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize("data", [DataLoader(Stream(), batch_size=None), Endless()])
+@pytest.mark.moves_global_rng  # a DataLoader seeds its workers from it
+def test_streams_that_do_not_know_their_length_are_folded(data: Any) -> None:
+    calls: list[tuple[int, int | None]] = []
+
+    def note(done: int, total: int | None) -> None:
+        calls.append((done, total))
+
+    found, _ = accumulate(squares(), PARAMS, {}, data, progress=note)
+    close(found, accumulate(squares(), PARAMS, {}, batches([2, 3, 1]))[0], 0.0)
+    assert calls == [(1, None), (2, None), (3, None)]
+
+
+def test_an_empty_batch_adds_nothing() -> None:
+    data = batches([2, 3, 1])
+    found, state = accumulate(squares(), PARAMS, {}, [data[0], Batch(torch.ones(0, 3)), *data[1:]])
+    close(found, accumulate(squares(), PARAMS, {}, data)[0], 0.0)
+    assert (state.batches, state.examples, state.units) == (4, 6, 6)
