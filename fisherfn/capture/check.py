@@ -118,6 +118,16 @@ def check(model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan, output
     cotangent = trees.map(_arbitrary, outputs)
     r = torch.tensor([1.0, -0.6, 0.35, 0.8][:count], dtype=torch.float64)
     reference = _reference(model, leaves, structure, buffers, few, cotangent, r)
+    finite = _finite(reference)
+    if not finite:
+        # what is not a number shows nothing about the layers: others take its place
+        for everywhere in (False, True):
+            other = _with_numbers(params, buffers, few, everywhere)
+            leaves = trees.leaves(other[0])
+            found = _reference(model, leaves, structure, other[1], other[2], cotangent, r)
+            if _finite(found):
+                (params, buffers, few), reference, finite = other, found, True
+                break
     unused = frozenset(
         i for i, why in plan.general.items() if why == INVISIBLE and reference[i] is None
     )
@@ -144,7 +154,25 @@ def check(model: Any, params: Any, buffers: Any, inputs: Any, plan: Plan, output
     plan = plan.without(failures)
     if plan.general:
         plan = _probe_general(model, params, buffers, few, plan, cotangent, _largest(reference))
-    return replace(plan, checked=True)
+    return replace(plan, checked=finite)
+
+
+def _finite(gradients: list[Tensor | None]) -> bool:
+    return all(bool(torch.isfinite(g).all()) for g in gradients if g is not None)
+
+
+def _with_numbers(params: Any, buffers: Any, inputs: Any, everywhere: bool) -> tuple[Any, ...]:
+    """Return numbers in the place of NaN and infinity; -inf may be a mask, unless `everywhere`."""
+
+    def fill(t: Any, minus: bool) -> Any:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return t
+        t = t.detach()
+        good = torch.isfinite(t) if minus else torch.isfinite(t) | (t == -torch.inf)
+        return torch.where(good, t, 0.5 * _arbitrary(t))
+
+    rest = [trees.map(lambda t: fill(t, everywhere), tree) for tree in (buffers, inputs)]
+    return trees.map(lambda t: fill(t, True), params), *rest
 
 
 def _arbitrary(t: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def plan_for(model: Any, params: Any, buffers: Any, inputs: Any, *, afresh: bool
     with torch.no_grad():
         check_examples_apart(outputs, _COUNTS, coarsest(*trees.leaves((params, outputs[0]))))
         plan = check(model, params, buffers, inputs, plan, outputs[1])
-    if _tellable(inputs):
+    if plan.checked and _tellable(inputs):
         remember(model, params, buffers, inputs, plan, exactly=afresh)
     return plan
 

@@ -154,6 +154,50 @@ def _time_first(m: Any, x: Tensor) -> Tensor:
     return m.b(torch.tanh(m.a(x.transpose(0, 1)))).transpose(0, 1)
 
 
+@pytest.mark.parametrize("where", ["params", "inputs", "masked inputs"])
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_not_a_number_does_not_send_layers_to_the_general_path(
+    where: str, bad: float
+) -> None:
+    module = nn.Sequential(part(nn.Linear, 4, 5), nn.Tanh(), part(nn.Linear, 5, 3)).double()
+    model, params, buffers = ff.functional(module)
+    estimator = ff.kfac(model, ff.likelihoods.categorical())
+    inputs, mask = x(6), torch.tensor([False, False, True, True, True, True])
+    broken = torch.where(mask[:, None], inputs, bad)
+    if where == "params":
+        other = {**params, "2.weight": torch.full_like(params["2.weight"], bad)}
+        estimator(other, buffers, ff.Batch(inputs))
+    elif where == "inputs":
+        estimator(params, buffers, ff.Batch(broken))
+    else:
+        found = estimator(params, buffers, ff.Batch(broken, mask=mask))
+        assert_close(found.to_dense(), estimator(params, buffers, ff.Batch(inputs[2:])).to_dense())
+    assert [b.name for b in estimator(params, buffers, ff.Batch(inputs)).blocks] == [
+        "0.weight",
+        "2.weight",
+    ]
+
+
+def test_masks_of_minus_infinity_are_no_broken_inputs() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        scores = m.q(x) @ m.k(x).mT + torch.full((3, 3), -math.inf).triu(1).to(x)
+        return m.b(scores.softmax(-1) @ x)
+
+    layers = {"q": part(nn.Linear, 4, 2), "k": part(nn.Linear, 4, 2), "b": part(nn.Linear, 4, 3)}
+    s = case(forward, normal(4, 3, 4), **layers)
+    assert plan_for(s.model, s.params, s.buffers, s.batch.inputs).checked
+    assert_close(diagonal(s)(*s.args).values, want(s))
+
+
+def test_a_plan_that_could_not_be_checked_is_not_kept() -> None:
+    """With these parameters every gradient overflows; with others none does."""
+    estimator = ff.kfac(lambda p, b, x: F.linear(x, p["w"]) * p["c"], ff.likelihoods.categorical())
+    params = {"w": normal(3, 4), "c": torch.full((), 1e308, dtype=torch.float64)}
+    estimator(params, {}, ff.Batch(1e6 * x(6)))
+    params["c"] = torch.ones((), dtype=torch.float64)
+    assert len(estimator(params, {}, ff.Batch(x(6))).blocks) == 1
+
+
 def test_symmetric_examples_do_not_fool_the_plan_check() -> None:
     """Equal first examples hide a swap of examples and time."""
     s = case(_time_first, normal(4, 4, 4, seed=1), **two())
