@@ -109,13 +109,21 @@ class Categorical(base.Likelihood):
         return outputs.shape[self.class_axis] - 1
 
     def log_prob(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Return log p of the class, `[P]`."""
+        """Return log p of the class, `[P]`; its derivatives are accurate where p is nearly 1."""
         self.check_structure("categorical.log_prob", outputs, targets)
         logits, dtype = self._logits(outputs)
-        log_p = F.log_softmax(logits, -1, dtype=dtype)
         index, bad = self._index(outputs, targets)
-        picked = log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1)
-        return torch.where(bad, math.nan, picked)
+        if not (transformed() or outputs.requires_grad):
+            log_p = F.log_softmax(logits, -1, dtype=dtype)
+            return torch.where(bad, math.nan, log_p.gather(-1, index.unsqueeze(-1)).squeeze(-1))
+        logits = logits.to(dtype)
+        index, top = index.unsqueeze(-1), logits.detach().argmax(-1, keepdim=True)
+        # log p = (z_y - z_top) - log(1 + sum of exp(z - z_top) over all but the top). Where y is
+        # the top, derivatives of log_softmax get 1-p by cancellation, twice in a Hessian.
+        own, highest = logits.gather(-1, torch.cat([index, top], -1)).split(1, -1)
+        rest = (logits - highest).scatter(-1, top, -math.inf).exp().sum(-1).log1p()
+        behind = torch.where(index == top, 0.0, own - highest).squeeze(-1)
+        return torch.where(bad, math.nan, behind - rest)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Return (onehot - p) / T, like `outputs`."""
@@ -249,13 +257,16 @@ class Categorical(base.Likelihood):
         return index.clamp(0, classes - 1), (index < 0) | (index >= classes)
 
     def _score(self, p: Tensor, index: Tensor, one: Tensor) -> Tensor:
-        """Return -p / T with 1 / T added at the targets; `p` is used up."""
+        """Return -p / T, and (1 - p) / T at the targets; `p` is used up."""
         inverse = 1.0 / self.temperature
         index, one = index.unsqueeze(-1), (one * inverse).unsqueeze(-1)
+        # 1 - p is the sum of the others: no rounding is left of it where p is nearly 1
         if transformed() or p.requires_grad:
-            score = (p * -inverse).scatter_add(-1, index, one)
+            others = p.scatter(-1, index, 0.0)
+            score = (others * -inverse).scatter_add(-1, index, one * others.sum(-1, keepdim=True))
         else:  # p is nobody else's: with tens of thousands of classes, two copies less
-            score = p.mul_(-inverse).scatter_add_(-1, index, one)
+            others = p.scatter_(-1, index, 0.0).sum(-1, keepdim=True)
+            score = p.mul_(-inverse).scatter_(-1, index, one * others)
         return score if self.class_axis == -1 else score.movedim(-1, 1)
 
     def _sample(self, p: Tensor, keys: Tensor) -> Tensor:

@@ -297,3 +297,51 @@ def test_outputs_without_two_classes() -> None:
         ShapeError, match=r"expected outputs \[B, C, \*positions\], got shape \(5,\)"
     ):
         categorical(class_axis=1).positions_shape(torch.zeros(5))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("target", [1, 2])
+def test_confident_predictions_keep_their_relative_accuracy(
+    temperature: float, target: int
+) -> None:
+    """In float32 `1 - p` is zero here; derivatives of what is left of it are small, not gone."""
+    lik = categorical(temperature)
+    z, y = torch.tensor([[0.5, 21.0, -1.25]]), torch.tensor([target])
+
+    def log_p(x: Tensor) -> Tensor:
+        return lik.log_prob(x, y).sum()
+
+    odds = ((z.double() - z[0, 1]) / temperature).exp()
+    odds[0, 1] = 0.0
+    p = odds / (1.0 + odds.sum())
+    want = -p / temperature
+    if target == 1:
+        want[0, 1] = p.sum() / temperature
+    else:
+        want[0, 1] = -1.0 / (1.0 + odds.sum()) / temperature
+        want[0, 2] = (1.0 - p[0, 2]) / temperature
+    close = {"rtol": 1e-5, "atol": 0.0}
+    assert_close(lik.score(z, y).double(), want, **close)
+    assert_close(torch.func.grad(log_p)(z).double(), want, **close)
+    live = z.clone().requires_grad_()
+    assert_close(lik.score(live, y).double().detach(), want, **close)
+    v = torch.tensor([[1.0, -2.0, 0.5]])
+    got = torch.func.grad(lambda x: (torch.func.grad(log_p)(x) * v).sum())(z)
+    assert_close(got.double(), -lik.fisher_mv(z.double(), v.double()), **close)
+
+
+def test_derivatives_where_classes_are_impossible_or_equal() -> None:
+    lik, y = categorical(), torch.tensor([1, 0])
+    for z in (
+        torch.zeros(2, 3),
+        torch.tensor([[0.0, 1.0, float("-inf")], [2.0, 2.0, float("-inf")]]),
+    ):
+        z = z.double()
+        p = z.softmax(-1)
+        want = p - torch.nn.functional.one_hot(y, 3)
+        got = torch.func.grad(lambda x: -lik.log_prob(x, y).sum())(z)
+        assert_close(got, want)
+        slope = torch.func.grad(lambda x: -lik.log_prob(x, y).sum())
+        second = torch.func.jacrev(slope)(z)
+        blocks = torch.stack([second[n, :, n] for n in range(2)])
+        assert_close(blocks, torch.diag_embed(p) - p[:, :, None] * p[:, None])

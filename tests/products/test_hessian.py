@@ -57,6 +57,26 @@ def hessian(s: Any) -> Tensor:
     return torch.stack(columns)
 
 
+def test_product_of_a_fitted_classifier_keeps_its_digits_in_float32() -> None:
+    """Where the loss is 1e-8, 1 - p is a few roundings of 1."""
+
+    def model(params: Any, buffers: Any, x: Tensor) -> Tensor:
+        return torch.tanh(x @ params["first"]) @ params["second"]
+
+    lik, y, one = ff.likelihoods.categorical(), torch.arange(12) % 3, torch.eye(3)
+    x = one[y] + 0.1 * normal(12, 3, dtype=torch.float32)
+    w = {"first": 2.0 * one + 0.1 * normal(3, 3, seed=1), "second": 24.0 * one + normal(3, 3)}
+    w = {name: t.float() for name, t in w.items()}
+    v, wide = vector(w), {name: t.double() for name, t in w.items()}
+    want = ff.hvp(model, lik)(wide, {}, ff.Batch(x.double(), y), ff.tree.map(Tensor.double, v))
+    assert lik.log_prob(model(wide, {}, x.double()), y).mean() > -1e-6
+    batch = ff.Batch(x, y)
+    linearized = ff.linearized(model, lik, matrix="hessian")(w, {}, batch)
+    for got in (ff.hvp(model, lik)(w, {}, batch, v), linearized(v)):
+        error = ff.tree.norm(ff.tree.sub(ff.tree.map(Tensor.double, got), want))
+        assert error < 2e-5 * ff.tree.norm(want)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_product_is_that_of_the_hessian(name: str) -> None:
     s = MODELS[name].setup()
