@@ -113,6 +113,7 @@ class Statistics:
         self, params: Any, buffers: Any, batch: Batch, key: Tensor | None
     ) -> dict[str, Any]:
         """Run the loop that all estimators share; see `__call__`."""
+        self._check_weights(batch)
         tasks = {name: Task(e.labels, e.make) for name, e in self.estimators.items()}
         wanted: dict[str, Callable[[], Statistic]] = {"loss": Loss, "gradient": Gradient}
         for name, make in wanted.items():
@@ -125,6 +126,16 @@ class Statistics:
             if e.then is not None
         }
         return found | self._pass(second, params, buffers, batch, key) if second else found
+
+    def _check_weights(self, batch: Any) -> None:
+        weights = getattr(batch, "weights", None)
+        averages = [name for name in ("loss", "gradient") if self.options[name]]
+        if averages and isinstance(weights, Tensor) and weights.dim() > 1:
+            raise OptionError(
+                f"statistics: expected weights of examples, [B], for {' and '.join(averages)}, got "
+                f"shape {tuple(weights.shape)}. The loss is a mean over examples; leave it out "
+                "where positions have weights."
+            )
 
     def _pass(
         self, tasks: dict[str, Task], params: Any, buffers: Any, batch: Batch, key: Tensor | None
@@ -155,7 +166,8 @@ def statistics(
     Estimators that ask for the same `fisher`, `num_samples` and `unit` share their backward.
 
     Args:
-        loss: Also give the mean negative log-likelihood of the targets, under "loss".
+        loss: Also give the mean over examples of the negative log-likelihood of the targets, under
+            "loss".
         gradient: Also give its gradient, under "gradient".
         chunk_size: Examples processed together; replaces that of the single estimators.
         **estimators: Estimators of the same model and likelihood, by the name of their result.

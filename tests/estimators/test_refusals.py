@@ -324,6 +324,19 @@ def test_statistics_of_nothing_or_of_strangers() -> None:
         )
 
 
+def test_a_loss_is_a_mean_over_examples() -> None:
+    p = problem()
+    by_position = ff.diagonal(p.model, p.likelihood, fisher="empirical", unit="position")
+    weights = torch.ones(p.batch.targets.shape)
+    batch = dataclasses.replace(p.batch, weights=weights)
+    both = ff.statistics(diag=by_position, loss=True, gradient=True)
+    with pytest.raises(
+        ff.OptionError, match=r"statistics.*\[B\], for loss and gradient, got shape"
+    ):
+        both(p.params, p.buffers, batch)
+    assert ff.statistics(diag=by_position)(p.params, p.buffers, batch)["diag"].trace() > 0
+
+
 def test_merging_other_kinds_or_units() -> None:
     p = problem()
     exact = ff.diagonal(p.model, p.likelihood)(*p.args)
