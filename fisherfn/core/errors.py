@@ -33,3 +33,12 @@ class UnsupportedError(FisherError, NotImplementedError):
 
 class NotPositiveDefiniteError(FisherError, ArithmeticError):
     """A matrix that has to be inverted or factored is singular or indefinite at this damping."""
+
+
+def at(path: str) -> str:
+    """Return " at <path>", or nothing for the root.
+
+    >>> at("0.weight"), at("")
+    (' at 0.weight', '')
+    """
+    return f" at {path}" if path else ""

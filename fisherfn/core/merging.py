@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.dtypes import working_dtype
-from fisherfn.core.errors import OptionError, TreeMismatchError, UnsupportedError
+from fisherfn.core.errors import OptionError, TreeMismatchError, UnsupportedError, at
 
 R = TypeVar("R")
 _WIDE = (torch.float32, torch.float64)
@@ -146,7 +146,7 @@ def _merge(a: Any, b: Any, path: str) -> Any:
     if type(a) is not type(b):
         raise OptionError(
             f"merge: expected two results of one class, got {type(a).__name__} and "
-            f"{type(b).__name__}{_at(path)}. Compute both with the same estimator."
+            f"{type(b).__name__}{at(path)}. Compute both with the same estimator."
         )
     method = getattr(type(a), "__fisher_merge__", None)
     if method is not None:
@@ -157,14 +157,14 @@ def _merge(a: Any, b: Any, path: str) -> Any:
         if set(a) != set(b):
             raise TreeMismatchError(
                 f"merge: expected the same keys on both sides, got {list(a)} and "
-                f"{list(b)}{_at(path)}. Compute both with the same estimator."
+                f"{list(b)}{at(path)}. Compute both with the same estimator."
             )
         return {key: _merge(value, b[key], _join(path, key)) for key, value in a.items()}
     if isinstance(a, list | tuple):
         if len(a) != len(b):
             raise TreeMismatchError(
                 f"merge: expected the same length on both sides, got {len(a)} and "
-                f"{len(b)}{_at(path)}. Compute both with the same estimator."
+                f"{len(b)}{at(path)}. Compute both with the same estimator."
             )
         parts = [_merge(x, y, _join(path, i)) for i, (x, y) in enumerate(zip(a, b, strict=True))]
         return _rebuild(a, parts)
@@ -194,13 +194,9 @@ def _rebuild(like: Any, parts: list[Any]) -> Any:
 def _refuse(caller: str, got: Any, path: str) -> NoReturn:
     raise UnsupportedError(
         f"{caller}: expected results that can be merged (curvature, moments, states), got "
-        f"{type(got).__name__}{_at(path)}. Average other quantities with ff.states."
+        f"{type(got).__name__}{at(path)}. Average other quantities with ff.states."
     )
 
 
 def _join(path: str, key: object) -> str:
     return f"{path}/{key}" if path else str(key)
-
-
-def _at(path: str) -> str:
-    return f" at {path}" if path else ""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import random
-from fisherfn.core.errors import OptionError, ShapeError, TreeMismatchError
+from fisherfn.core.errors import OptionError, ShapeError, TreeMismatchError, at
 from fisherfn.core.nodes import register_dataclass_node as register_dataclass_node
 
 NAMESPACE = "fisherfn"
@@ -184,7 +184,7 @@ def check_like(
             problem = _leaf_problem(aligned[index], want, dtype)
             if problem is not None:
                 path = paths(like)[index]
-                problem = problem.format(at=f" at {path}" if path else "")
+                problem = problem.format(at=at(path))
                 break
     if problem is not None:
         raise TreeMismatchError(

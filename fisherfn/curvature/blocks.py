@@ -15,13 +15,12 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.dtypes import wide, widest
-from fisherfn.core.errors import ShapeError
+from fisherfn.core.errors import ShapeError, at
 from fisherfn.core.trees import Tree
 from fisherfn.curvature import spd
 from fisherfn.curvature.base import Curvature
 from fisherfn.curvature.common import (
     Scalar,
-    at,
     check_damping,
     check_floating,
     check_number,

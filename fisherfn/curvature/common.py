@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.dtypes import wide, widest, working_dtype
-from fisherfn.core.errors import NotPositiveDefiniteError, OptionError, ShapeError
+from fisherfn.core.errors import NotPositiveDefiniteError, OptionError, ShapeError, at
 from fisherfn.core.modes import concrete
 
 Scalar: TypeAlias = "float | Tensor"
@@ -184,12 +184,3 @@ def check_floating(caller: str, name: str, leaves: Sequence[Tensor], paths: Sequ
                 f"{caller}: expected {name} to be floating point, got {leaf.dtype}{at(paths[i])}. "
                 "Convert it with .float()."
             )
-
-
-def at(path: str) -> str:
-    """Return " at <path>", or nothing for the root.
-
-    >>> at("0.weight"), at("")
-    (' at 0.weight', '')
-    """
-    return f" at {path}" if path else ""

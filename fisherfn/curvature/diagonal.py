@@ -13,12 +13,11 @@ from torch import Tensor
 
 from fisherfn.core import trees
 from fisherfn.core.dtypes import wide
-from fisherfn.core.errors import TreeMismatchError
+from fisherfn.core.errors import TreeMismatchError, at
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.base import Curvature
 from fisherfn.curvature.common import (
     Scalar,
-    at,
     check_damping,
     check_floating,
     check_number,

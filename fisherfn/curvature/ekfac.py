@@ -18,13 +18,12 @@ from torch import Tensor
 
 from fisherfn.core import trees
 from fisherfn.core.dtypes import wide, widest
-from fisherfn.core.errors import OptionError
+from fisherfn.core.errors import OptionError, at
 from fisherfn.core.merging import merge_weights
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.common import (
     Scalar,
-    at,
     check_number,
     combine,
     norm,

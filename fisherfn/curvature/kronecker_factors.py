@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.dtypes import wide, working_dtype
-from fisherfn.core.errors import OptionError, UnsupportedError
+from fisherfn.core.errors import OptionError, UnsupportedError, at
 from fisherfn.core.modes import concrete
 from fisherfn.curvature import kronecker_spectra as spectra
-from fisherfn.curvature.common import Scalar, at, combine, poison, scalar_like
+from fisherfn.curvature.common import Scalar, combine, poison, scalar_like
 from fisherfn.curvature.kronecker import Block
 
 

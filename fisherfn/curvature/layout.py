@@ -18,9 +18,9 @@ from torch import Tensor
 
 from fisherfn.core import random, trees
 from fisherfn.core.dtypes import wide
-from fisherfn.core.errors import TreeMismatchError, UnsupportedError
+from fisherfn.core.errors import TreeMismatchError, UnsupportedError, at
 from fisherfn.core.trees import Tree
-from fisherfn.curvature.common import at, check_floating
+from fisherfn.curvature.common import check_floating
 
 # A node is (kind, keys, children); a leaf is its position; None is None. The kind is "dict",
 # "OrderedDict", "list", "tuple", or the class of a NamedTuple.

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from fisherfn.core import trees
 from fisherfn.core.dtypes import wide, widest, working_dtype
-from fisherfn.core.errors import ShapeError, UnsupportedError
+from fisherfn.core.errors import ShapeError, UnsupportedError, at
 from fisherfn.core.trees import Tree
 from fisherfn.curvature import gram
 from fisherfn.curvature.base import Curvature
-from fisherfn.curvature.common import at, norm, total
+from fisherfn.curvature.common import norm, total
 from fisherfn.curvature.diagonal import check_tensors
 
 

@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fisherfn.core.errors import OptionError, TreeMismatchError
+from fisherfn.core.errors import OptionError, TreeMismatchError, at
 from fisherfn.curvature import EKFAC, KFAC, Layout
-from fisherfn.curvature.common import at
 from fisherfn.curvature.kronecker import Block
 from fisherfn.estimators.estimator import Estimator
 from fisherfn.estimators.kfac import Factors

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from fisherfn.capture.plan import Plan
-from fisherfn.core.errors import OptionError, UnsupportedError
+from fisherfn.core.errors import OptionError, UnsupportedError, at
 from fisherfn.core.modes import concrete
-from fisherfn.curvature.common import at
 from fisherfn.estimators.kronecker_roles import Role, Roles
 from fisherfn.estimators.kronecker_settings import Settings
 from fisherfn.layers.form import Form

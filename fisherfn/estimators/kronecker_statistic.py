@@ -12,9 +12,8 @@ from torch import Tensor
 
 from fisherfn.capture.plan import Plan
 from fisherfn.core import trees
-from fisherfn.core.errors import DataError, OptionError
+from fisherfn.core.errors import DataError, OptionError, at
 from fisherfn.core.modes import concrete
-from fisherfn.curvature.common import at
 from fisherfn.curvature.kronecker import Block, Layer, Piece
 from fisherfn.estimators.kronecker_groups import Group, groups_of
 from fisherfn.estimators.kronecker_roles import Role, Roles, named, steps_of

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
-from fisherfn.core.errors import OptionError, UnsupportedError
+from fisherfn.core.errors import OptionError, UnsupportedError, at
 from fisherfn.core.modes import concrete
-from fisherfn.curvature.common import at
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

@@ -19,9 +19,8 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fisherfn.core.errors import OptionError, UnsupportedError
+from fisherfn.core.errors import OptionError, UnsupportedError, at
 from fisherfn.core.modes import concrete
-from fisherfn.curvature.common import at
 from fisherfn.io.registry import class_named, fields_of, is_namedtuple, name_of
 
 _DTYPES: dict[str, torch.dtype] = {

@@ -2,8 +2,7 @@
 
 Tensor format: the input is `[B, M, C, *space]`, the cotangent `[K, B, M, O, *space]`. The input's
 patches, one row for each output position, turn a convolution into a matrix product; each group has
-its own rows.
-A transposed convolution is the adjoint: the patches are those of the cotangent.
+its own rows. A transposed convolution is the adjoint: the patches are those of the cotangent.
 """
 
 from __future__ import annotations

@@ -33,6 +33,7 @@ from torch import Tensor
 from fisherfn.core import random
 from fisherfn.core.errors import DataError, OptionError, ShapeError
 from fisherfn.core.modes import concrete
+from fisherfn.core.options import is_count
 
 
 class Likelihood(ABC):
@@ -239,7 +240,7 @@ def check_index(caller: str, index: int | Tensor, columns: int) -> None:
                 f"{caller}: expected an integer or an integer scalar, got {index.dtype} of shape "
                 f"{tuple(index.shape)} at index. Use vmap for several columns."
             )
-    elif isinstance(index, bool) or not isinstance(index, int) or not 0 <= index < columns:
+    elif not (is_count(index, 0) and index < columns):
         raise OptionError(
             f"{caller}: expected a column from 0 to {columns - 1}, got {index!r} at index. "
             "columns(outputs) says how many there are."

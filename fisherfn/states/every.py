@@ -16,6 +16,7 @@ from fisherfn.core import trees
 from fisherfn.core.errors import OptionError
 from fisherfn.core.merging import empty_like, merge
 from fisherfn.core.modes import concrete
+from fisherfn.core.options import is_count
 from fisherfn.states import transform
 from fisherfn.states.transform import Transform, Weight
 
@@ -148,7 +149,7 @@ def _choose(condition: Tensor, a: Any, b: Any) -> Any:
 
 
 def _check(n: Any, a: Any, otherwise: Any) -> None:
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+    if not is_count(n):
         raise OptionError(
             f"states.every: expected n to be a positive integer, got {n!r}. 1 makes every step due."
         )

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import random, trees
-from fisherfn.core.errors import DataError, OptionError, ShapeError
+from fisherfn.core.errors import DataError, OptionError, ShapeError, at
 from fisherfn.core.modes import concrete, unmixed
+from fisherfn.core.options import is_count
 from fisherfn.core.trees import Tree
 from fisherfn.states.quantiles import normal_quantile, t_quantile
 from fisherfn.states.welford import WelfordState, effective_updates, entries, stderr
@@ -124,7 +125,7 @@ def _length(samples: Tree) -> int:
     leaves, paths = trees.leaves(samples), trees.paths(samples)
     first = None
     for leaf, path in zip(leaves, paths, strict=True):
-        where = f" at {path}" if path else ""
+        where = at(path)
         if not isinstance(leaf, Tensor) or leaf.ndim == 0 or not leaf.is_floating_point():
             got = leaf.dtype if isinstance(leaf, Tensor) else type(leaf).__name__
             shape = f" of shape {tuple(leaf.shape)}" if isinstance(leaf, Tensor) else ""
@@ -207,7 +208,7 @@ def _check(level: Any, method: Any, key: Any, replicates: Any) -> None:
             f"states.interval: expected a key for method='bootstrap', got {key!r}. "
             "Pass key=ff.random.key(0)."
         )
-    if isinstance(replicates, bool) or not isinstance(replicates, int) or replicates < 2:
+    if not is_count(replicates, 2):
         raise OptionError(
             f"states.interval: expected replicates to be an integer > 1, got {replicates!r}. "
             "1000 is usual."

@@ -24,6 +24,7 @@ from fisherfn.core.errors import (
     ShapeError,
     TreeMismatchError,
     UnsupportedError,
+    at,
 )
 from fisherfn.core.modes import concrete
 from fisherfn.core.trees import Tree, TreeDef
@@ -64,7 +65,7 @@ def flatten(caller: str, tree: Tree) -> tuple[list[Any], TreeDef]:
         got = cell.dtype if isinstance(cell, Tensor) else type(cell).__name__
         raise ShapeError(
             f"{caller}: expected floating-point tensors and results, got {got}"
-            f"{_at(_paths(tree)[i])}. Convert it with .float(), or leave it out."
+            f"{at(_paths(tree)[i])}. Convert it with .float(), or leave it out."
         )
     if not cells:
         raise ShapeError(
@@ -95,7 +96,7 @@ def align(caller: str, like: Tree, new: Tree, *, absent: bool) -> list[Any | Non
         extra = [path for path in there if path not in set(where)]
         missing = [path for path in where if path not in there]
         if extra or (missing and not absent):
-            what = f"one{_at(_path(extra[0]))}" if extra else f"none{_at(_path(missing[0]))}"
+            what = f"one{at(_path(extra[0]))}" if extra else f"none{at(_path(missing[0]))}"
             raise TreeMismatchError(
                 f"{caller}: expected the leaves that the state began with, got {what}. Begin with "
                 "init(like) of a tree that has every leaf."
@@ -108,7 +109,7 @@ def align(caller: str, like: Tree, new: Tree, *, absent: bool) -> list[Any | Non
         if problem:
             raise TreeMismatchError(
                 f"{caller}: expected new values like the state, got {problem}"
-                f"{_at(_paths(like)[i])}. Keep one state for each model and kind of result."
+                f"{at(_paths(like)[i])}. Keep one state for each model and kind of result."
             )
     return cells
 
@@ -265,7 +266,3 @@ def _paths(tree: Tree) -> list[str]:
 
 def _path(place: tuple[Any, ...]) -> str:
     return "/".join([str(entry) for entry in place])
-
-
-def _at(path: str) -> str:
-    return f" at {path}" if path else ""

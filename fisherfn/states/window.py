@@ -15,6 +15,7 @@ from torch import Tensor
 from fisherfn.core import trees
 from fisherfn.core.dtypes import working_dtype
 from fisherfn.core.errors import OptionError
+from fisherfn.core.options import is_count
 from fisherfn.states import transform
 from fisherfn.states.transform import Transform, Weight
 
@@ -74,7 +75,7 @@ def window(size: int, *, dtype: torch.dtype | None = None) -> Transform:
         >>> reading
         {'w': tensor([4.])}
     """
-    if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    if not is_count(size):
         raise OptionError(
             f"states.window: expected size to be a positive integer, got {size!r}. "
             "It is the number of updates to remember."

@@ -20,7 +20,7 @@ from torch.autograd import forward_ad
 
 from fisherfn.capture.plain import PlainAttention
 from fisherfn.core import trees
-from fisherfn.core.errors import OptionError, TreeMismatchError
+from fisherfn.core.errors import OptionError, TreeMismatchError, at
 from fisherfn.estimators.products.lookups import REWRITTEN
 from fisherfn.estimators.products.norms import ALWAYS, COMPOSED
 
@@ -126,10 +126,9 @@ class Chosen:
         ready = []
         for path, t, p in zip(self.paths, found, self.leaves, strict=True):
             if not t.is_floating_point():
-                at = f" at {path}" if path else ""
                 raise TreeMismatchError(
-                    f"{caller}: expected floating-point {name}, got {t.dtype}{at}. Convert them "
-                    "with .to(torch.float32)."
+                    f"{caller}: expected floating-point {name}, got {t.dtype}{at(path)}. Convert "
+                    "them with .to(torch.float32)."
                 )
             ready.append(t.to(p.device, p.dtype))
         return ready
