@@ -103,30 +103,7 @@ def check_batch(caller: str, batch: Any) -> int:
             f"{caller}: expected a Batch, got {type(batch).__name__}. Wrap the data: "
             "Batch(inputs, targets=...)."
         )
-    size: int | None = None
-    for i, leaf in enumerate(trees.leaves(batch.inputs)):
-        if not isinstance(leaf, Tensor):
-            continue
-        _check_values(caller, "inputs", batch.inputs, i, leaf)
-        if leaf.dim() == 0:
-            raise ShapeError(
-                f"{caller}: expected the examples as leading axis, got a scalar at "
-                f"{_place('inputs', batch.inputs, i)}. Put constants into the buffers."
-            )
-        if size is not None and leaf.shape[0] != size:
-            raise ShapeError(
-                f"{caller}: expected {size} examples, as before, got {leaf.shape[0]} at "
-                f"{_place('inputs', batch.inputs, i)}. "
-                "Every tensor in a batch has the same leading axis; constants go into the buffers."
-            )
-        size = leaf.shape[0]
-    if size is None:
-        raise ShapeError(
-            f"{caller}: expected a tensor among the inputs, got none. Give a tensor, a tuple or a "
-            "mapping of tensors whose leading axis is the examples."
-        )
-    if size == 0:
-        raise DataError(f"{caller}: expected at least one example, got an empty batch. Skip it.")
+    size = _check_inputs(caller, batch.inputs)
     for i, leaf in enumerate(trees.leaves(batch.targets)):
         if isinstance(leaf, Tensor) and (leaf.dim() == 0 or leaf.shape[0] != size):
             raise ShapeError(
@@ -137,21 +114,49 @@ def check_batch(caller: str, batch: Any) -> int:
     _check_bool(caller, "mask", batch.mask)
     _check_bool(caller, "positions", batch.positions)
     _check_weights(caller, batch.weights)
-    if batch.ids is not None and (
-        not isinstance(batch.ids, Tensor)
-        or batch.ids.dtype != torch.int64
-        or tuple(batch.ids.shape) != (size,)
-    ):
-        got = (
-            f"{batch.ids.dtype} of shape {tuple(batch.ids.shape)}"
-            if isinstance(batch.ids, Tensor)
-            else type(batch.ids).__name__
-        )
-        raise ShapeError(
-            f"{caller}: expected ids to be int64 of shape ({size},), got {got}. They name the "
-            "examples; leave them out for 0, 1, 2, ..."
-        )
+    _check_ids(caller, batch.ids, size)
     return size
+
+
+def _check_inputs(caller: str, inputs: Any) -> int:
+    """Return B, or raise unless all tensors among the inputs have the examples as leading axis."""
+    size: int | None = None
+    for i, leaf in enumerate(trees.leaves(inputs)):
+        if not isinstance(leaf, Tensor):
+            continue
+        _check_values(caller, "inputs", inputs, i, leaf)
+        if leaf.dim() == 0:
+            raise ShapeError(
+                f"{caller}: expected the examples as leading axis, got a scalar at "
+                f"{_place('inputs', inputs, i)}. Put constants into the buffers."
+            )
+        if size is not None and leaf.shape[0] != size:
+            raise ShapeError(
+                f"{caller}: expected {size} examples, as before, got {leaf.shape[0]} at "
+                f"{_place('inputs', inputs, i)}. Every tensor in a batch has the same leading "
+                "axis; constants go into the buffers."
+            )
+        size = leaf.shape[0]
+    if size is None:
+        raise ShapeError(
+            f"{caller}: expected a tensor among the inputs, got none. Give a tensor, a tuple or a "
+            "mapping of tensors whose leading axis is the examples."
+        )
+    if size == 0:
+        raise DataError(f"{caller}: expected at least one example, got an empty batch. Skip it.")
+    return size
+
+
+def _check_ids(caller: str, ids: Any, size: int) -> None:
+    if ids is None:
+        return
+    if not isinstance(ids, Tensor) or ids.dtype != torch.int64 or tuple(ids.shape) != (size,):
+        shown = f"{ids.dtype} of shape {tuple(ids.shape)}" if isinstance(ids, Tensor) else None
+        raise ShapeError(
+            f"{caller}: expected ids to be int64 of shape ({size},), got "
+            f"{shown or type(ids).__name__}. They name the examples; leave them out for 0, 1, 2, "
+            "..."
+        )
 
 
 def _check_values(caller: str, name: str, tree: Any, leaf: int, t: Tensor) -> None:

@@ -107,7 +107,6 @@ class Factors(KroneckerStatistic):
 
     def result(self, frame: Frame) -> KFAC:
         """Return the factors, averaged."""
-        scale = 1.0 / self.settings.num_samples
         blocks, inputs, outputs, rows = [], {}, {}, {}
         averages: dict[int, Tensor] = {}
         finished: dict[Any, Tensor] = {}
@@ -123,12 +122,7 @@ class Factors(KroneckerStatistic):
             A = finished[known]
             blocks.append(b)
             inputs[b.name], rows[b.name] = A, moments.rows.to(frame.total.dtype)
-            if self.settings.forward_only:
-                outputs[b.name] = _identity(b, A)
-            else:
-                G = self._outputs[b.name]
-                root = scale**0.5 if b.output_form == "rows" else scale
-                outputs[b.name] = G * root if scale != 1 else G
+            outputs[b.name] = self._output_factor(b, A)
             beside = self.separate(place)
             if beside is not None:
                 own = self._kept(beside.block)
@@ -139,16 +133,11 @@ class Factors(KroneckerStatistic):
                     outputs[own.name] = _identity(own, A)
                 else:
                     outputs[own.name] = G if beside.outputs is None else _restricted(G, b, beside)
-        rest = self.rest()
-        if self.settings.forward_only:
-            covered = {path for b in blocks for path in b.paths()}
-            named = zip(self.paths, self.leaves, strict=True)
-            rest = {path: _ones(leaf) for path, leaf in named if path not in covered}
         return KFAC(
             inputs,
             outputs,
             rows,
-            rest,
+            self._diagonals(blocks),
             frame.total,
             Layout.of(frame.params),
             tuple(blocks),
@@ -156,6 +145,23 @@ class Factors(KroneckerStatistic):
             fisher=frame.fisher,
             unit=frame.unit,
         )
+
+    def _output_factor(self, b: Block, like: Tensor) -> Tensor:
+        """Return G, averaged over draws; the identity if nothing was pulled back."""
+        if self.settings.forward_only:
+            return _identity(b, like)
+        G, scale = self._outputs[b.name], 1.0 / self.settings.num_samples
+        if scale == 1:
+            return G
+        return G * (scale**0.5 if b.output_form == "rows" else scale)
+
+    def _diagonals(self, blocks: Sequence[Block]) -> dict[str, Tensor]:
+        """Return the diagonal of each leaf without a block; ones if nothing was pulled back."""
+        if not self.settings.forward_only:
+            return self.rest()
+        covered = {path for b in blocks for path in b.paths()}
+        named = zip(self.paths, self.leaves, strict=True)
+        return {path: _ones(leaf) for path, leaf in named if path not in covered}
 
     def _kept(self, b: Block) -> Block:
         """Return a block with the form in which its output factor is kept."""
