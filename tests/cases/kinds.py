@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import functools
 
-from cases.base import Built, Case, Net, normal, table
+import torch
+from torch import Tensor, nn
+
+import oracles
+from cases.base import Built, Case, Net, Setup, normal, table
 from oracles import Bernoulli, Categorical, Gaussian, Poisson
 
 
@@ -52,3 +55,25 @@ KINDS = table(
     Case("poisson", lambda: _flat(3), Poisson()),
     Case("poisson_sequence", lambda: _sequence(2), Poisson()),
 )
+
+
+@functools.cache
+def setup(name: str) -> Setup:
+    """Return the case of this name, built once."""
+    return KINDS[name].setup()
+
+
+@functools.cache
+def exact(name: str) -> Tensor:
+    """Return the Fisher information matrix of a case, from its definition."""
+    return oracles.dense(setup(name).problem)
+
+
+def tree(name: str, vector: Tensor) -> dict[str, Tensor]:
+    """Return a vector as a tree like the parameters of a case."""
+    return oracles.unravel(vector, setup(name).problem.params)
+
+
+def ravel(values: dict[str, Tensor]) -> Tensor:
+    """Return a tree as a vector."""
+    return torch.cat([value.reshape(-1) for value in values.values()])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from typing import Any
 
@@ -10,10 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-import cases
 import fisherfn as ff
 import oracles
-from cases.kinds import KINDS
+from cases.kinds import KINDS, exact, ravel, setup, tree
 from fisherfn.testing import assert_close
 from oracles import Categorical
 
@@ -21,24 +19,6 @@ FISHERS = ("exact", "mc", "curvature_prop", "empirical")
 
 
 NAMES = list(KINDS)
-
-
-@functools.cache
-def setup(name: str) -> cases.Setup:
-    return KINDS[name].setup()
-
-
-@functools.cache
-def exact(name: str) -> Tensor:
-    return oracles.dense(setup(name).problem)
-
-
-def tree(name: str, vector: Tensor) -> dict[str, Tensor]:
-    return oracles.unravel(vector, setup(name).problem.params)
-
-
-def ravel(values: dict[str, Tensor]) -> Tensor:
-    return torch.cat([value.reshape(-1) for value in values.values()])
 
 
 # ---- the oracle itself ---------------------------------------------------------------------------

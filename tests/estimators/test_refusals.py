@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,27 +12,8 @@ from torch import Tensor, nn
 import cases
 import fisherfn as ff
 from cases import Net, normal
+from cases.small import MEMBERS, B, C, problem
 from fisherfn import testing
-
-B, T, C = 3, 2, 3
-MEMBERS = [m for m in testing.ESTIMATORS.values() if m.unit == "example"]
-OBSERVING = [
-    m
-    for m in MEMBERS
-    if "empirical" in m.name or m.result != "joined" or m.name in ("gradient_moments", "statistics")
-]
-
-
-def problem() -> testing.Problem:
-    module = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, C)).double()
-    with torch.no_grad():
-        for number, param in enumerate(module.parameters()):
-            param.copy_(normal(*param.shape, seed=number))
-    model, params, buffers = ff.functional(module)
-    batch = ff.Batch(normal(B, T, 4), targets=cases.tokens(B, T, high=C))
-    return testing.Problem(
-        "mlp", model, ff.likelihoods.categorical(), params, buffers, batch, (T,), True
-    )
 
 
 @pytest.fixture(autouse=True)
@@ -41,15 +21,6 @@ def seeded_layers() -> Iterator[None]:
     """Layers are initialised in the tests themselves."""
     with cases.seeded(0):
         yield
-
-
-def changed(**fields: Any) -> testing.Problem:
-    base = problem()
-    return dataclasses.replace(base, batch=dataclasses.replace(base.batch, **fields))
-
-
-def diagonal(p: testing.Problem, fisher: str = "empirical", **options: Any) -> Any:
-    return ff.diagonal(p.model, p.likelihood, fisher=fisher, **options)(*p.args)
 
 
 # ---- keys and options ----------------------------------------------------------------------------
