@@ -168,10 +168,10 @@ class _Asked:
     def __init__(self, given: Any, rules: Sequence[tuple[Where, What]], bucket: int | None) -> None:
         self.rules, self.bucket = rules, bucket
         self.unknown: dict[str, str] = {}
-        wrapped = getattr(given, "module", None)
-        module = wrapped if isinstance(wrapped, nn.Module) and callable(given) else given
-        self.owners = Owners(module) if isinstance(module, nn.Module) else None
-        config = getattr(module, "config", None) if self.owners else given
+        modules = _modules(given)
+        self.owners = Owners(*modules) if modules and callable(given) else None
+        configs = [getattr(module, "config", None) for module in modules]
+        config = next((x for x in configs if x is not None), None) if self.owners else given
         if self.owners is None and given is not None and not is_config(given):
             raise OptionError(
                 f"groups.infer: expected a module or a configuration with a model_type, got "
@@ -256,6 +256,16 @@ class _Asked:
             return
         who = f"the architecture {self.kind!r} has no table" if self.kind else "no configuration"
         self.unknown[path] = f"heads of attention: {who}; kept as channels"
+
+
+def _modules(given: Any) -> list[nn.Module]:
+    """Return a module and those inside of it that it wraps, as DDP and `ff.functional` do."""
+    found: list[nn.Module] = [given] if isinstance(given, nn.Module) else []
+    inner = getattr(given, "module", None)
+    while isinstance(inner, nn.Module) and inner not in found:
+        found.append(inner)
+        inner = getattr(inner, "module", None)
+    return found
 
 
 def _rules(rules: Any) -> list[tuple[Where, What]]:

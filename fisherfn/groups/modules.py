@@ -24,9 +24,16 @@ _OUT_FIRST = (nn.Linear, nn.Bilinear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 class Owners:
     """Which module owns each parameter, and within which module it sits."""
 
-    def __init__(self, module: nn.Module) -> None:
-        """Walk through a module; tied parameters are found under each of their names."""
+    def __init__(self, *modules: nn.Module) -> None:
+        """Walk through modules, of which the first that has a name is asked.
+
+        Tied parameters are found under each of their names.
+        """
         self._found: dict[str, tuple[nn.Module, str, nn.Module | None, nn.Parameter]] = {}
+        for module in reversed(modules):
+            self._walk(module)
+
+    def _walk(self, module: nn.Module) -> None:
         modules = dict(module.named_modules(remove_duplicate=False))
         for prefix, owner in modules.items():
             parent = modules.get(prefix.rpartition(".")[0]) if prefix else None

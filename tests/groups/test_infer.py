@@ -122,6 +122,26 @@ def test_a_functional_model_is_a_module_too() -> None:
     assert dict(infer(params, model)) == dict(infer(params, net))
 
 
+class Wrapper(torch.nn.Module):
+    def __init__(self, module: torch.nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("wrap", [Wrapper, torch.nn.DataParallel])
+def test_modules_in_a_wrapper_are_found_by_either_name(wrap: Any) -> None:
+    with torch.random.fork_rng(devices=[]):
+        net = torch.nn.Sequential(torch.nn.Embedding(7, 4), torch.nn.MultiheadAttention(4, 2))
+    params = {name: p.detach() for name, p in net.named_parameters()}
+    want = infer(params, net)
+    wrapped = wrap(net)
+    assert dict(infer(params, wrapped)) == dict(want)
+    outer = {f"module.{name}": p for name, p in params.items()}
+    found = infer(outer, wrapped)
+    assert {name.removeprefix("module."): spec for name, spec in found.items()} == dict(want)
+    assert not found.unknown
+
+
 def test_buckets_and_means() -> None:
     with cases.seeded(0):
         net = nn.Embedding(7, 3)
