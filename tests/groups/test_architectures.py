@@ -321,7 +321,7 @@ def test_layers_inside_of_adapters_and_wrappers() -> None:
 def test_the_configuration_inside_of_a_wrapper() -> None:
     with cases.seeded(0):
         module = torch.nn.DataParallel(MODELS["llama"]())
-    for given in (module, ff.functional(module)[0], torch.nn.DataParallel(module).module):
+    for given in (module, ff.functional(module)[0]):
         specs = infer(parameters(module), given)
         query = specs["module.model.layers.0.self_attn.q_proj.weight"]
         assert (query.kind, query.num_groups) == ("head", 4)
