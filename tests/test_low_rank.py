@@ -364,3 +364,19 @@ def test_the_estimator_compiles() -> None:
     fast = torch.compile(fim, fullgraph=True, backend="aot_eager")
     assert_close(fast(*s.args), fim(*s.args))
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("rows", [5, 40])
+def test_relative_damping_is_in_units_of_the_mean_eigenvalue(rows: int) -> None:
+    F, v = thin(3, rows), trees.random_like(random.key(5), PARAMS)
+    mean, key = float(matrix(F).diagonal().mean()), random.key(7)
+    for answer in (
+        lambda **options: F.solve(v, **options),
+        lambda **options: F.pow(v, -0.5, **options),
+        lambda **options: F.pow(v, 2, **options),
+        lambda **options: F.logdet(**options),
+        lambda **options: F.sample(key, **options),
+    ):
+        assert_close(answer(damping=0.1, relative=True), answer(damping=0.1 * mean))
+    with pytest.raises(OptionError, match="expected damping >= 0"):
+        F.solve(v, damping=-0.1, relative=True)

@@ -57,6 +57,18 @@ def check_damping(caller: str, damping: Any) -> Scalar:
     return damping
 
 
+def relative_to(damping: Scalar, trace: Callable[[], Tensor], size: int, relative: bool) -> Scalar:
+    """Return λ, which is given in units of the mean eigenvalue of F if `relative`.
+
+    A matrix without a mean, or with one below zero, keeps the number: it has no solutions, and what
+    looks for them says where that is.
+    """
+    if not relative:
+        return damping
+    mean = trace() / max(1, size)
+    return torch.where(mean >= 0, mean, torch.ones_like(mean)) * scalar_like(damping, mean)
+
+
 def check_number(caller: str, name: str, x: Any) -> float:
     """Return an option, checked: a finite real number.
 

@@ -24,7 +24,7 @@ from fisherfn.curvature.common import (
     check_damping,
     check_floating,
     combine,
-    scalar_like,
+    relative_to,
 )
 from fisherfn.curvature.kronecker import Block, block_from
 from fisherfn.curvature.layout import Layout
@@ -239,11 +239,7 @@ class Kronecker(Curvature):
 
     def _damping(self, caller: str, damping: Any, relative: bool) -> Scalar:
         """Return λ, which may be given in units of the mean eigenvalue of F."""
-        scalar = check_damping(caller, damping)
-        if not relative:
-            return scalar
-        mean = self.trace() / max(1, self.layout.size)
-        return mean * scalar_like(scalar, mean)
+        return relative_to(check_damping(caller, damping), self.trace, self.layout.size, relative)
 
     def _names(self) -> list[str]:
         """Return what messages call the blocks, and then the leaves of `rest`."""

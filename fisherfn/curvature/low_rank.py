@@ -33,6 +33,7 @@ from fisherfn.curvature.common import (
     combine,
     is_number,
     poison,
+    relative_to,
     require,
     scalar_like,
 )
@@ -139,12 +140,25 @@ class LowRank(Rows):
         k = self._kernel()
         return weakest(self.rows, self._flat, k, gram.factored(k, self.signed))
 
-    def solve(self, v: Tree, *, damping: Scalar = 0.0) -> Tree:
-        """Return (F + λI)⁻¹ v in the dtype of `v`."""
+    def _damping(self, caller: str, damping: Any, relative: bool) -> Scalar:
+        """Return λ, which may be given in units of the mean eigenvalue of F."""
+        return relative_to(check_damping(caller, damping), self.trace, self.size, relative)
+
+    def solve(self, v: Tree, *, damping: Scalar = 0.0, relative: bool = False) -> Tree:
+        """Return (F + λI)⁻¹ v in the dtype of `v`.
+
+        Args:
+            v: Tree like the parameters.
+            damping: λ; with `relative`, λ in units of the mean eigenvalue of F.
+            relative: Whether damping is relative.
+
+        Returns:
+            Tree like `v`.
+        """
         caller = "LowRank.solve"
-        vectors, scalar = self._vector(caller, v), check_damping(caller, damping)
+        vectors, scalar = self._vector(caller, v), self._damping(caller, damping, relative)
         if not self._thin:
-            return self._explicit(caller, scalar, regular=True).solve(v, damping=damping)
+            return self._explicit(caller, scalar, regular=True).solve(v, damping=scalar)
         return self._tree(self._inverse(caller, vectors, scalar), [x.dtype for x in vectors])
 
     def _inverse(
@@ -176,14 +190,14 @@ class LowRank(Rows):
         rest = torch.where(good, shift, torch.ones_like(shift)) ** p
         return [poison(known, x) for x in gram.apply(self._flat, k, f, scales, rest, vectors)]
 
-    def pow(self, v: Tree, p: float, *, damping: Scalar = 0.0) -> Tree:
-        """Return (F + λI)ᵖ v for any real number p."""
+    def pow(self, v: Tree, p: float, *, damping: Scalar = 0.0, relative: bool = False) -> Tree:
+        """Return (F + λI)ᵖ v for any real number p; see `solve` for `relative`."""
         caller = "LowRank.pow"
         vectors = self._vector(caller, v)
-        scalar, p = check_damping(caller, damping), check_number(caller, "p", p)
+        scalar, p = self._damping(caller, damping, relative), check_number(caller, "p", p)
         if not self._thin:
             whole = self._explicit(caller, scalar, regular=p < 0)
-            found = trees.leaves(whole.pow(v, p, damping=damping))
+            found = trees.leaves(whole.pow(v, p, damping=scalar))
             return self._wide(found, vectors)
         if p != int(p) or abs(p) > _STEPS:
             return self._wide(self._function(caller, vectors, p, scalar), vectors)
@@ -197,14 +211,14 @@ class LowRank(Rows):
             found = [x + y for x, y in zip(self._times(once, dtype), shift, strict=True)]
         return self._wide(found, vectors)
 
-    def logdet(self, *, damping: Scalar = 0.0) -> Tensor:
-        """Return log det (F + λI), a 0-d tensor."""
+    def logdet(self, *, damping: Scalar = 0.0, relative: bool = False) -> Tensor:
+        """Return log det (F + λI), a 0-d tensor; see `solve` for `relative`."""
         caller = "LowRank.logdet"
         self._check(caller)
-        scalar = check_damping(caller, damping)
+        scalar = self._damping(caller, damping, relative)
         if not self._thin:
             whole = self._explicit(caller, scalar, regular=True)
-            return whole.logdet(damping=damping).to(self._dtype)
+            return whole.logdet(damping=scalar).to(self._dtype)
         rest = self.size - len(self.weights)
         if self.signed:
             f = gram.factored(self._kernel(), signed=True)
@@ -236,15 +250,15 @@ class LowRank(Rows):
         zeros = torch.where(values.isnan().any(), torch.full_like(zeros, torch.nan), zeros)
         return torch.cat([values, zeros]).sort(descending=True).values.to(self._dtype)
 
-    def sample(self, key: Tensor, *, damping: Scalar = 0.0) -> Tree:
-        """Return a draw from N(0, (F + λI)⁻¹), a tree like the parameters."""
+    def sample(self, key: Tensor, *, damping: Scalar = 0.0, relative: bool = False) -> Tree:
+        """Return a draw from N(0, (F + λI)⁻¹), a tree like the parameters; see `solve`."""
         caller = "LowRank.sample"
         self._check(caller)
-        scalar = check_damping(caller, damping)
+        scalar = self._damping(caller, damping, relative)
         dtypes = [wide(m).dtype for m in self._flat]
         if not self._thin:
             whole = self._explicit(caller, scalar, regular=True)
-            return self._tree(trees.leaves(whole.sample(key, damping=damping)), dtypes)
+            return self._tree(trees.leaves(whole.sample(key, damping=scalar)), dtypes)
         like = trees.map(wide, template(self.rows))
         normals = [z.reshape(-1) for z in trees.leaves(trees.random_like(key, like))]
         if self.signed:

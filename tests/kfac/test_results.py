@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -78,6 +77,18 @@ def test_relative_damping_is_in_units_of_the_mean_eigenvalue(which: int) -> None
     )
     with pytest.raises(ff.OptionError, match="expected damping >= 0"):
         F.solve(v, damping=-0.1, relative=True)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["kfac", "ekfac"])
+def test_relative_damping_of_what_is_not_a_number_names_the_layer(which: int) -> None:
+    *Fs, v = results()
+    field = ("inputs", "scales")[which]
+    name = Fs[which].blocks[-1].name
+    parts = {**getattr(Fs[which], field)}
+    parts[name] = torch.full_like(parts[name], torch.nan)
+    F = replace(Fs[which], **{field: parts})
+    with pytest.raises(ff.NotPositiveDefiniteError, match=f"NaN at {name} with damping"):
+        F.solve(v, damping=0.1, relative=True)
 
 
 def test_factored_damping_is_that_of_both_factors() -> None:
