@@ -54,7 +54,7 @@ def plain_embedding_bag(
     refuse_options("embedding_bag", max_norm, scale_grad_by_freq)
     if offsets is not None or input.dim() != 2:
         raise UnsupportedError(
-            "fisher_vp: expected bags of one length, [B, L], got embedding_bag with offsets. Pad "
+            "capture: expected bags of one length, [B, L], got embedding_bag with offsets. Pad "
             "the bags and pass padding_idx."
         )
     rows = F.embedding(input, weight)
@@ -87,11 +87,11 @@ def refuse_options(name: str, max_norm: float | None, scale_grad_by_freq: bool) 
     """Raise: a lookup that writes to its table, or whose gradient is no derivative."""
     if max_norm is not None:
         raise UnsupportedError(
-            f"fisher_vp: expected a model that does not change its parameters, got {name} with "
+            f"capture: expected a model that does not change its parameters, got {name} with "
             f"max_norm={max_norm}. Normalise the weight once, before."
         )
     if scale_grad_by_freq:
         raise UnsupportedError(
-            f"fisher_vp: expected gradients that are derivatives, got {name} with "
+            f"capture: expected gradients that are derivatives, got {name} with "
             "scale_grad_by_freq=True. Switch it off."
         )
