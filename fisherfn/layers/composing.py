@@ -1,8 +1,9 @@
 """What takes the place of functions of torch whose derivatives do not compose.
 
-In torch 2.13 the second derivative of the fused `_weight_norm` is wrong, those of `hardsigmoid` and
-`cdist` do not exist, the pull-back of `cdist` is wrong under `vmap`, and that of `prelu` is wrong,
-or fails, under two levels of it. Where a result is to be differentiated or batched once more, these
+In torch 2.13 the third derivatives of `layer_norm` and `instance_norm` are wrong, and so is the
+second of the fused `_weight_norm`, which has no forward mode; `hardsigmoid` and `cdist` have no
+second derivative; the pull-back of `cdist` is wrong under `vmap`, and that of `prelu` is wrong, or
+fails, under two levels of it. Where a result is to be differentiated or batched once more, these
 plain formulas take their place; they have the same values and derivatives.
 """
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fisherfn.layers import bag
+from fisherfn.layers import bag, norms
 
 
 def plain_weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -77,12 +78,21 @@ def plain_cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: Any = None
     return torch.linalg.vector_norm(difference, ord=p, dim=-1)
 
 
-_PLAIN: dict[Any, Any] = {
-    F.hardsigmoid: plain_hardsigmoid,
-    torch.cdist: plain_cdist,
-    torch._weight_norm: plain_weight_norm,
+#: For products, always.
+ALWAYS: dict[Any, Any] = {torch._weight_norm: plain_weight_norm}
+#: For products that have to compose.
+COMPOSED: dict[Any, Any] = {
+    F.layer_norm: norms.plain_layer_norm,
+    torch.layer_norm: norms.plain_layer_norm,
+    F.instance_norm: norms.plain_instance_norm,
     torch.prelu: plain_prelu,
     Tensor.prelu: plain_prelu,
+}
+_PLAIN = {
+    **ALWAYS,
+    **COMPOSED,
+    F.hardsigmoid: plain_hardsigmoid,
+    torch.cdist: plain_cdist,
 }
 
 #: Every function that may be replaced.

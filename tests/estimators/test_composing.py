@@ -49,6 +49,10 @@ MODELS: dict[str, Callable[[], Any]] = {
     "weight_norm": lambda: between(normed(), lambda m, x: m.b(torch.tanh(m.act(m.a(x))))),
     "cdist": lambda: between(None, distances),
 }
+NORMS: dict[str, Callable[[], Any]] = {
+    "layer_norm": lambda: between(nn.LayerNorm(4), lambda m, x: m.b(torch.tanh(m.act(m.a(x))))),
+    "instance_norm": lambda: between(nn.InstanceNorm1d(2, affine=True), channels),
+}
 ESTIMATORS: dict[str, Callable[..., Any]] = {
     "scores": lambda model, lik: ff.per_sample_gradients(model, lik),
     "exact": lambda model, lik: ff.diagonal(model, lik),
@@ -60,7 +64,7 @@ ESTIMATORS: dict[str, Callable[..., Any]] = {
 def setup(name: str, estimator: str) -> tuple[Callable[[Any], Tensor], dict[str, Tensor]]:
     """Return a result as one vector, a function of the parameters, and the parameters."""
     with cases.seeded(0):
-        module = MODELS[name]()
+        module = (MODELS | NORMS)[name]()
         for p in module.parameters():
             p.data.add_(0.3 * torch.randn_like(p))
     model, params, buffers = ff.functional(module)
@@ -101,6 +105,24 @@ def test_derivatives_of_results(name: str, estimator: str) -> None:
         )
         got = torch.cat([g.reshape(-1) for g in found.values()]) @ direction
         assert_close(got, want, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("name", [*MODELS, *NORMS])
+def test_second_derivatives_of_results(name: str) -> None:
+    result, params = setup(name, "exact")
+    pick = normal(result(params).numel(), seed=1)
+    gradient = torch.func.grad(lambda p: result(p) @ pick)
+    point = torch.cat([p.reshape(-1) for p in params.values()])
+    direction = normal(point.numel(), seed=2)
+
+    def along(p: Any) -> Tensor:
+        return torch.cat([g.reshape(-1) for g in gradient(p).values()])
+
+    want = oracles.central_difference(
+        lambda v: along(oracles.unravel(v, params)), point, direction, step=1e-4
+    )
+    got = torch.func.grad(lambda p: along(p) @ direction)(params)
+    assert_close(torch.cat([g.reshape(-1) for g in got.values()]), want, rtol=1e-5, atol=1e-7)
 
 
 CALLS: dict[str, tuple[Any, Any, tuple[Tensor, ...], dict[str, Any]]] = {

@@ -17,13 +17,10 @@ import oracles
 from cases import Net, normal
 from fisherfn.capture.plain import PlainAttention
 from fisherfn.estimators.products import fallback
-from fisherfn.estimators.products.norms import (
-    plain_instance_norm,
-    plain_layer_norm,
-    plain_weight_norm,
-)
 from fisherfn.layers.attention import plain_attention
 from fisherfn.layers.bag import plain_embedding_bag
+from fisherfn.layers.composing import plain_weight_norm
+from fisherfn.layers.norms import plain_instance_norm, plain_layer_norm
 from fisherfn.testing import assert_close
 
 LIK = ff.likelihoods.categorical()

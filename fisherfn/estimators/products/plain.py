@@ -22,7 +22,7 @@ from fisherfn.capture.plain import PlainAttention
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, TreeMismatchError, at
 from fisherfn.estimators.products.lookups import REWRITTEN
-from fisherfn.estimators.products.norms import ALWAYS, COMPOSED
+from fisherfn.layers.composing import ALWAYS, COMPOSED
 
 #: Tensors in, tensors out: what is differentiated.
 Function: TypeAlias = Callable[[list[Tensor]], list[Tensor]]

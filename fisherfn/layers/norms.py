@@ -1,23 +1,19 @@
-"""Normalisation by plain formulas, for derivatives of products.
+"""Normalisation by plain formulas, which can be differentiated as often as one likes.
 
 torch's second derivatives of `layer_norm` and `instance_norm` are right, but are not functions that
 can be differentiated once more: they hold the mean and the deviation as constants, and third
-derivatives come out wrong without a word (torch 2.13). Where a product has to compose, these take
-their place. The second derivative of the fused `_weight_norm` is itself wrong, and it has no
-forward mode: it is always replaced.
+derivatives come out wrong without a word (torch 2.13).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fisherfn.core.dtypes import wide
-from fisherfn.layers.composing import plain_prelu, plain_weight_norm
 
 
 def plain_layer_norm(
@@ -80,15 +76,6 @@ def plain_instance_norm(
     out = _standardised(input, tuple(range(2, input.dim())), eps)
     out = out if weight is None else out * weight.reshape(shape)
     return (out if bias is None else out + bias.reshape(shape)).to(input.dtype)
-
-
-ALWAYS: dict[Any, Any] = {torch._weight_norm: plain_weight_norm}
-COMPOSED: dict[Any, Any] = {
-    F.layer_norm: plain_layer_norm,
-    torch.layer_norm: plain_layer_norm,
-    F.instance_norm: plain_instance_norm,
-    torch.prelu: plain_prelu,
-}
 
 
 def _standardised(x: Tensor, axes: tuple[int, ...], eps: float) -> Tensor:
