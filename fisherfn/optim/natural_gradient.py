@@ -166,10 +166,12 @@ class _Rule:
     ) -> tuple[Tree, Tree, Any]:
         """Return the step of a given length, the velocity, and what the model promises."""
         rate: Any = self.rate(state.step) if callable(self.rate) else self.rate
-        if not (is_number(rate) or isinstance(rate, Tensor)):
+        tensor = isinstance(rate, Tensor)
+        if not (is_number(rate) or (tensor and rate.ndim == 0 and not rate.is_complex())):
+            got = f"{rate.dtype} of shape {tuple(rate.shape)}" if tensor else type(rate).__name__
             raise OptionError(
                 f"{self.stream.caller}.update: expected the learning rate to be a number, got "
-                f"{type(rate).__name__}. A schedule is called with the step, a 0-d tensor."
+                f"{got}. A schedule is called with the step, a 0-d tensor."
             )
         if self.kl_clip is not None:
             size = trees.dot(slope, direction) * rate**2

@@ -301,6 +301,18 @@ def test_what_exact_lengths_need() -> None:
     _, state = opt.update(params, opt.init(params), params, buffers=buffers, batch=data())
     with pytest.raises(OptionError, match="expected batch= where learning_rate is None, got None"):
         opt.update(params, state, params)
-    bad = optim.natural_gradient(ff.kfac(model, LIK), learning_rate=lambda step: "fast")
-    with pytest.raises(OptionError, match="expected the learning rate to be a number, got str"):
+
+
+@pytest.mark.parametrize(
+    ("rate", "got"),
+    [
+        ("fast", "str"),
+        (torch.ones(1), r"torch.float32 of shape \(1,\)"),
+        (torch.ones((), dtype=torch.complex64), r"torch.complex64 of shape \(\)"),
+    ],
+)
+def test_a_schedule_gives_numbers(rate: Any, got: str) -> None:
+    model, params, buffers = network()
+    bad = optim.natural_gradient(ff.kfac(model, LIK), learning_rate=lambda step: rate)
+    with pytest.raises(OptionError, match=f"expected the learning rate to be a number, got {got}"):
         bad.update(params, bad.init(params), params, buffers=buffers, batch=data())
