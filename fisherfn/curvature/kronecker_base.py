@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.dtypes import wide
-from fisherfn.core.errors import OptionError, ShapeError, TreeMismatchError
+from fisherfn.core.errors import OptionError, ShapeError, TreeMismatchError, at
 from fisherfn.core.trees import Tree
 from fisherfn.curvature.base import Curvature
 from fisherfn.curvature.common import (
     Scalar,
-    at,
     check_damping,
     check_floating,
     combine,
