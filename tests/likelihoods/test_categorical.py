@@ -320,14 +320,17 @@ def test_confident_predictions_keep_their_relative_accuracy(
     else:
         want[0, 1] = -1.0 / (1.0 + odds.sum()) / temperature
         want[0, 2] = (1.0 - p[0, 2]) / temperature
-    close = {"rtol": 1e-5, "atol": 0.0}
-    assert_close(lik.score(z, y).double(), want, **close)
-    assert_close(torch.func.grad(log_p)(z).double(), want, **close)
+
+    def close(got: Tensor, expected: Tensor) -> None:
+        assert_close(got.double(), expected, rtol=1e-5, atol=0.0)
+
+    close(lik.score(z, y), want)
+    close(torch.func.grad(log_p)(z), want)
     live = z.clone().requires_grad_()
-    assert_close(lik.score(live, y).double().detach(), want, **close)
+    close(lik.score(live, y).detach(), want)
     v = torch.tensor([[1.0, -2.0, 0.5]])
     got = torch.func.grad(lambda x: (torch.func.grad(log_p)(x) * v).sum())(z)
-    assert_close(got.double(), -lik.fisher_mv(z.double(), v.double()), **close)
+    close(got, -lik.fisher_mv(z.double(), v.double()))
 
 
 def test_derivatives_where_classes_are_impossible_or_equal() -> None:
