@@ -159,6 +159,18 @@ def test_only_offloaded_things_are_fetched() -> None:
         io.fetch({})  # type: ignore[arg-type]
 
 
+def test_devices_that_do_not_exist_are_refused() -> None:
+    with pytest.raises(OptionError, match=r"io.fetch: expected a device, got 'quantum'"):
+        io.fetch(io.offload(torch.ones(2)), device="quantum")
+
+
+@pytest.mark.parametrize("bad", [3, torch.nn.Linear(2, 2, device="meta")], ids=["int", "Linear"])
+def test_what_holds_no_tensors_is_refused(bad: Any) -> None:
+    message = f"io.offload: expected a result, .* got {type(bad).__name__} at a. Leave it out"
+    with pytest.raises(UnsupportedError, match=message):
+        io.offload({"b": torch.ones(2), "a": bad})
+
+
 def test_inside_transformations_it_is_refused() -> None:
     def f(x: Tensor) -> Tensor:
         io.offload(x)

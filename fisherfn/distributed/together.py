@@ -41,6 +41,11 @@ def merge_files(paths: Iterable[str | os.PathLike[str]], *, device: Any = "cpu")
         ...     merge_files([f"{folder}/a.safetensors", f"{folder}/b.safetensors"]).values
         {'w': tensor([4.])}
     """
+    if isinstance(paths, str | bytes | os.PathLike):
+        raise DataError(
+            f"distributed.merge_files: expected several paths, got the one path {paths!r}. Put it "
+            "into a list, or read a single file with ff.io.load."
+        )
     merged, first = None, None
     for path in paths:
         part = load(path, device=device)

@@ -89,7 +89,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str = "cpu") ->
         UnsupportedError: A later version wrote the file, it holds a class that is not known here,
             or there is no safetensors package.
     """
-    place = _device(device)
+    place = device_of("load", device)
     with _opened("load", path) as (file, source):
         content = _content(source, file.metadata() or {})
         # A copy, since what safetensors returns may be a view of the file.
@@ -266,14 +266,18 @@ def _path(caller: str, path: Any) -> Path:
         ) from error
 
 
-def _device(device: torch.device | str) -> torch.device:
-    """Return a device that exists."""
+def device_of(caller: str, device: torch.device | str) -> torch.device:
+    """Return a device that exists.
+
+    Raises:
+        OptionError: There is none.
+    """
     try:
         place = torch.device(device)
         torch.empty(0, device=place)
     except (RuntimeError, AssertionError, TypeError) as error:
         raise OptionError(
-            f"io.load: expected a device, got {device!r}: {str(error).splitlines()[0]} Use 'cpu', "
-            "or a device that torch can see."
+            f"io.{caller}: expected a device, got {device!r}: {str(error).splitlines()[0]} Use "
+            "'cpu', or a device that torch can see."
         ) from error
     return place

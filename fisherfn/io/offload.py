@@ -18,6 +18,7 @@ from torch import Tensor
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, UnsupportedError, at
 from fisherfn.core.modes import concrete
+from fisherfn.io.files import device_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -91,23 +92,19 @@ def offload(obj: Any, dtype: str | torch.dtype = "float32") -> Offloaded:
 
     Raises:
         OptionError: No such dtype.
-        UnsupportedError: Inside a transformation, tensors without memory, or a DTensor.
+        UnsupportedError: Inside a transformation, tensors without memory, a DTensor, or something
+            that is no tensor.
 
     Cost: three passes over the entries where they are, and their bytes over the bus.
     """
     narrow = _dtype(dtype)
     leaves, treedef = trees.flatten(obj)
+    _check_leaves(leaves, trees.paths(obj))
     if not concrete(*leaves):
         raise UnsupportedError(
             "io.offload: expected tensors with values, got some inside a transformation or without "
             "memory. Offload outside of torch.compile and torch.func."
         )
-    for x, path in zip(leaves, trees.paths(obj), strict=True):
-        if type(x).__name__ == "DTensor":
-            raise UnsupportedError(
-                f"io.offload: expected tensors of this process, got a DTensor{at(path)}. Offload "
-                "each rank's part, .to_local()."
-            )
     kept: list[Tensor] = []
     parts: list[tuple[Tensor, ...]] = []
     for x in leaves:
@@ -145,22 +142,37 @@ def fetch(kept: Offloaded, *, device: torch.device | str = "cpu") -> Any:
         The object, of the same structure and dtypes; entries as exact as `kept.error` says.
 
     Raises:
-        OptionError: Not an `Offloaded`.
+        OptionError: Not an `Offloaded`, or there is no such device.
     """
     if not isinstance(kept, Offloaded):
         raise OptionError(
             f"io.fetch: expected what io.offload returned, got {type(kept).__name__}. Files are "
             "read with io.load."
         )
+    place = device_of("fetch", device)
     kept.wait()
     leaves, treedef = trees.flatten(kept.value)
     found = []
     for x, exponent, dtype in zip(leaves, kept.exponents.tolist(), kept.dtypes, strict=True):
-        x = x.to(device, non_blocking=True).to(dtype)
+        x = x.to(place, non_blocking=True).to(dtype)
         if exponent:
             x = x * _power(torch.tensor(-exponent), dtype).to(x.device)
         found.append(x.clone() if any(x is y for y in leaves) else x)
     return trees.unflatten(treedef, found)
+
+
+def _check_leaves(leaves: list[Any], paths: list[str]) -> None:
+    for x, path in zip(leaves, paths, strict=True):
+        if not isinstance(x, Tensor):
+            raise UnsupportedError(
+                f"io.offload: expected a result, a state or a tree of tensors, got "
+                f"{type(x).__name__}{at(path)}. Leave it out."
+            )
+        if type(x).__name__ == "DTensor":
+            raise UnsupportedError(
+                f"io.offload: expected tensors of this process, got a DTensor{at(path)}. Offload "
+                "each rank's part, .to_local()."
+            )
 
 
 def _narrowed(x: Tensor, narrow: torch.dtype) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -77,8 +77,8 @@ def entries_of(caller: str, reading: Any) -> list[tuple[str, str, Tensor]]:
     if isinstance(reading, Result):
         raise UnsupportedError(
             f"{caller}: expected a Diagonal, a Grouped or a tree of tensors, got "
-            f"{type(reading).__name__}, which has no entry for each parameter. Put its "
-            "diagonal() instead."
+            f"{type(reading).__name__}, which has no entry for each parameter. Put a tree of it "
+            "instead, such as diagonal()."
         )
     if _is_parsed(reading):
         return [(path, group, x) for path, by in reading.items() for group, x in by.items()]

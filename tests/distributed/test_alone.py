@@ -96,3 +96,9 @@ def test_files_that_do_not_merge_are_named(tmp_path: Path) -> None:
         ff.distributed.merge_files([])
     with pytest.raises(DataError, match=r"io.load: expected a file, got .*missing"):
         ff.distributed.merge_files([a, tmp_path / "missing"])
+
+
+def test_one_path_is_no_list_of_paths(tmp_path: Path) -> None:
+    for one in (tmp_path, str(tmp_path)):
+        with pytest.raises(DataError, match="merge_files: expected several paths, got the one"):
+            ff.distributed.merge_files(one)  # type: ignore[arg-type]
