@@ -1,1 +1,1 @@
-"""Ground floor: errors, trees, randomness; knows torch, numpy and optree only."""
+"""Ground floor: errors, options, dtypes, trees, randomness; knows torch, numpy and optree only."""

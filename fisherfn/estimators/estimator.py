@@ -46,6 +46,13 @@ class Estimator:
         model: The function `(params, buffers, inputs) -> outputs`.
         likelihood: What turns outputs into a distribution.
         options: The keyword arguments it was made with.
+        labels: Whose labels are scored, how often they are drawn, and what N counts.
+        make: Returns what accumulates the scores of one batch, empty.
+        rebuild: From the tensors that left compiled code and the parameters, the result; None where
+            the result itself may leave it.
+        then: From the result of the first pass, what the second pass over the batch accumulates;
+            None where one pass is enough.
+        slot: The name that compiled code calls it by.
     """
 
     name: str
@@ -55,7 +62,6 @@ class Estimator:
     labels: Labels = field(repr=False)
     make: Callable[[], Statistic] = field(repr=False)
     rebuild: Callable[[Any, Any], Any] | None = field(repr=False, default=None)
-    #: From the result of the first pass, what the second pass over the batch accumulates.
     then: Callable[[Any], Callable[[], Statistic]] | None = field(repr=False, default=None)
     slot: str = field(init=False, repr=False, default="")
 

@@ -37,6 +37,7 @@ class ProbedTrace:
         model: The function `(params, buffers, inputs) -> outputs`.
         likelihood: What turns outputs into a distribution.
         options: The keyword options.
+        slot: The name that compiled code calls it by.
     """
 
     name: str

@@ -74,6 +74,7 @@ class Statistics:
         likelihood: The likelihood that all of them share.
         estimators: The estimators, by name.
         options: The keyword options.
+        slot: The name that compiled code calls it by.
     """
 
     model: Any

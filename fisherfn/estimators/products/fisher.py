@@ -40,6 +40,8 @@ class Product:
         model: The function `(params, buffers, inputs) -> outputs`.
         likelihood: What turns outputs into a distribution.
         options: The keyword arguments it was made with.
+        kind: Which matrix it is.
+        slot: The name that compiled code calls it by.
     """
 
     name: str
