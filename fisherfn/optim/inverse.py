@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import trees
-from fisherfn.core.modes import unmixed
+from fisherfn.core.errors import UnsupportedError
+from fisherfn.core.modes import concrete, unmixed
 from fisherfn.core.trees import Tree
 from fisherfn.curvature import KFAC, Curvature, LowRank, gram, spd
 from fisherfn.curvature.blocks import Blocks
 from fisherfn.curvature.common import Scalar, poison, require, scalar_like
+from fisherfn.curvature.implicit import Implicit
 
 
 class Inverse(NamedTuple):
@@ -52,12 +54,18 @@ def apply(caller: str, inverse: Inverse, v: Tree, power: float, damping: Scalar)
 
     Raises:
         NotPositiveDefiniteError: F + λI has no inverse.
+        UnsupportedError: A matrix-free F where values are hidden.
     """
     matrix, parts = inverse
     if isinstance(matrix, Blocks) and parts is not None:
         return _blocks(caller, matrix, parts, v, power, damping)
     if isinstance(matrix, LowRank) and parts is not None:
         return _rows(caller, matrix, parts, v, power, damping)
+    if isinstance(matrix, Implicit) and not concrete(*trees.leaves(v)):
+        raise UnsupportedError(
+            f"{caller}: expected values for implicit, got none (torch.compile or torch.func). "
+            "Conjugate gradients stop by them: call update outside, or use low_rank or kfac."
+        )
     if power == 1:
         return matrix.solve(v, damping=damping)
     found = matrix.pow(v, -power, damping=damping)

@@ -76,3 +76,14 @@ def test_a_copy_makes_the_same_steps(name: str) -> None:
     ]
     for a, b in zip(trees.leaves(got), trees.leaves(want), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_matrix_free_steps_need_values() -> None:
+    model, params, buffers = network()
+    opt, batch = optim.natural_gradient(ff.implicit(model, LIK), decay=0.0), data(0)
+
+    def step(grads: Any) -> Any:
+        return opt.update(grads, opt.init(params), params, buffers=buffers, batch=batch)[0]
+
+    with pytest.raises(ff.UnsupportedError, match="expected values for implicit, got none"):
+        torch.vmap(step)(trees.map(lambda p: p[None], params))
