@@ -139,7 +139,7 @@ def functional(
     Raises:
         OptionError: `module` is no module, or `select` chooses nothing or is no regular expression.
         UnsupportedError: a selected parameter is not a floating-point tensor, or one of a lazy
-            module has no shape yet.
+            module has no shape yet, or the module is a ScriptModule.
 
     Example:
         >>> model, params, buffers = functional(nn.Linear(3, 2))
@@ -150,6 +150,12 @@ def functional(
         raise OptionError(
             f"functional: expected an nn.Module, got {type(module).__name__}. A plain function "
             "(params, buffers, inputs) -> outputs needs no conversion: pass it to the estimator."
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise UnsupportedError(
+            "functional: expected a module whose parameters can be replaced, got "
+            f"{type(module).__name__}, compiled by torch.jit. As a part of another it works: pass "
+            "nn.Sequential(module), or the module that was compiled."
         )
     chosen = _selector(select)
     params: dict[str, Tensor] = {}
