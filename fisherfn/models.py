@@ -46,7 +46,9 @@ class FunctionalModel:
         self._scripted = [
             name for name, m in module.named_modules() if isinstance(m, torch.jit.ScriptModule)
         ]
-        accepts = inspect.signature(module.forward).parameters
+        # a traced module tells no signature
+        scripted = isinstance(module, torch.jit.ScriptModule)
+        accepts = () if scripted else inspect.signature(module.forward).parameters
         self._constants = {"use_cache": False} if "use_cache" in accepts else {}
         self._call = Substitution(module)
         self._named = _tensors(module)
@@ -139,7 +141,7 @@ def functional(
     Raises:
         OptionError: `module` is no module, or `select` chooses nothing or is no regular expression.
         UnsupportedError: a selected parameter is not a floating-point tensor, or one of a lazy
-            module has no shape yet, or the module is a ScriptModule.
+            module has no shape yet.
 
     Example:
         >>> model, params, buffers = functional(nn.Linear(3, 2))
@@ -150,12 +152,6 @@ def functional(
         raise OptionError(
             f"functional: expected an nn.Module, got {type(module).__name__}. A plain function "
             "(params, buffers, inputs) -> outputs needs no conversion: pass it to the estimator."
-        )
-    if isinstance(module, torch.jit.ScriptModule):
-        raise UnsupportedError(
-            "functional: expected a module whose parameters can be replaced, got "
-            f"{type(module).__name__}, compiled by torch.jit. As a part of another it works: pass "
-            "nn.Sequential(module), or the module that was compiled."
         )
     chosen = _selector(select)
     params: dict[str, Tensor] = {}

@@ -28,6 +28,27 @@ def turn(module: nn.Module) -> threading.RLock:
     return _LOCKS.setdefault(module, threading.RLock())
 
 
+class _Caller(nn.Module):
+    """Calls a module: torch replaces the tensors of a scripted one only inside of another."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module(*args, **kwargs)
+
+
+def _by_name(
+    module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    """Call a module as torch does it, which knows all kinds of modules."""
+    if isinstance(module, torch.jit.ScriptModule):
+        named = {f"module.{name}": t for name, t in tensors.items()}
+        return torch.func.functional_call(_Caller(module), named, args, kwargs)
+    return torch.func.functional_call(module, dict(tensors), args, kwargs)
+
+
 class Substitution:
     """Calls one module with other parameters and buffers; the module is as before afterwards.
 
@@ -85,7 +106,7 @@ class Substitution:
     ) -> Any:
         """Call the module; tied places share the tensor that is given under their first name."""
         if torch.compiler.is_dynamo_compiling():
-            return torch.func.functional_call(self.module, dict(tensors), args, kwargs)
+            return _by_name(self.module, tensors, args, kwargs)
         with self._lock:
             return self._run(tensors, args, kwargs)
 
@@ -95,7 +116,7 @@ class Substitution:
         if not self._opaque and not self._current():
             self._look()
         if self._opaque or any(name not in self._places for name in tensors):
-            return torch.func.functional_call(self.module, dict(tensors), args, kwargs)
+            return _by_name(self.module, tensors, args, kwargs)
         try:
             for name, t in tensors.items():
                 for store, key in self._places[name]:

@@ -153,18 +153,6 @@ def test_parameters_of_a_module_that_never_ran() -> None:
         ff.functional(nn.Sequential(nn.Linear(2, 3), nn.LazyBatchNorm1d(affine=False)))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-def test_module_compiled_by_jit_is_taken_as_a_part() -> None:
-    with cases.seeded(0):
-        plain = nn.Linear(2, 3)
-    compiled = torch.jit.script(plain)
-    with pytest.raises(ff.UnsupportedError, match=r"functional: .*ScriptModule.*nn\.Sequential"):
-        ff.functional(compiled)
-    model, params, buffers = ff.functional(nn.Sequential(compiled))
-    x = normal(4, 2, dtype=torch.float32)
-    assert torch.equal(model(params, buffers, x), plain(x))
-
-
 @pytest.mark.parametrize("member", MEMBERS, ids=str)
 def test_parameters_without_values(member: testing.Member) -> None:
     p = problem()

@@ -376,3 +376,22 @@ def test_what_a_model_computes_without_grad_is_constant_to_both_derivatives() ->
     assert_close(ff.linearized(model, LIK)(w, {}, batch)(v), want, rtol=1e-10)
     mapped = torch.vmap(lambda t: ff.fisher_vp(model, LIK)(w, {}, batch, {"w": t}))
     assert_close(mapped(v["w"].unsqueeze(0))["w"][0], want["w"], rtol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("compiler", ["script", "trace"])
+def test_whole_modules_may_be_compiled_by_jit(compiler: str) -> None:
+    with cases.seeded(0):
+        plain = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    batch = ff.Batch(normal(2, 4), torch.tensor([0, 1]))
+    script = torch.jit.script(plain)
+    compiled: Any = script if compiler == "script" else torch.jit.trace(plain, batch.inputs)
+    model, params, buffers = built(plain)
+    scripted, same, _ = built(compiled)
+    moved = ff.tree.map(lambda t: t + 0.1, params)  # the values are those that are given
+    assert list(same) == list(params)
+    want = ff.diagonal(model, LIK)(moved, buffers, batch)
+    assert_close(ff.diagonal(scripted, LIK)(moved, buffers, batch).values, want.values, rtol=1e-12)
+    v = vector(params)
+    product = ff.fisher_vp(model, LIK)(moved, buffers, batch, v)
+    assert_close(ff.fisher_vp(scripted, LIK)(moved, buffers, batch, v), product, rtol=1e-12)
