@@ -174,7 +174,7 @@ class Unfolded(Form):
         It is one, too, on a CPU where copying patches takes little beside what is made of them.
         """
         fixed = self.x if self.transposed else self.g
-        channels, _, *inner = fixed.shape[2 if self.transposed else 3 :]
+        channels, *inner = fixed.shape[2 if self.transposed else 3 :]
         few = 2 * math.prod(inner) < channels // self.geometry.groups
         return 1 if few and self.g.device.type == "cpu" else self._rows_of_bands
 

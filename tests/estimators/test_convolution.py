@@ -37,14 +37,20 @@ def test_rows_of_the_window(name: str, blocks: int, monkeypatch: pytest.MonkeyPa
     assert_close(groups.values, ff.groups.reduce(squares, specs), rtol, "groups")
 
 
-@pytest.mark.parametrize(("channels", "rows"), [(10, 1), (11, 3)])
-def test_narrow_windows_stay_whole(channels: int, rows: int) -> None:
-    """Three rows of 3 x 11 inputs are worth three products, those of 3 x 10 are not."""
+@pytest.mark.parametrize(
+    ("channels", "outputs", "height", "rows"),
+    [(10, 2, 4, 1), (11, 2, 4, 3), (11, 30, 12, 3), (11, 50, 12, 1)],
+)
+def test_narrow_windows_stay_whole(channels: int, outputs: int, height: int, rows: int) -> None:
+    """Three rows of 3 x 11 inputs are worth three products, those of 3 x 10 are not.
+
+    Nor are they where there are few places beside the outputs, here (height - 2) x 2.
+    """
     with torch.random.fork_rng(devices=[]):
-        layer = torch.nn.Conv2d(channels, 2, 3)
+        layer = torch.nn.Conv2d(channels, outputs, 3)
     model, params, buffers = ff.functional(layer)
-    seen = ff.capture(model)(params, buffers, torch.zeros(2, channels, 4, 4))
-    form = seen.pullback(torch.ones(2, 2, 2, 2))["weight"].uses[0][0]
+    seen = ff.capture(model)(params, buffers, torch.zeros(2, channels, height, 4))
+    form = seen.pullback(torch.ones(2, outputs, height - 2, 2))["weight"].uses[0][0]
     assert isinstance(form, convolution.Unfolded)
     assert form._rows_of_window == rows
 
