@@ -75,8 +75,11 @@ def test_blocks_under_vmap() -> None:
     close(torch.vmap(bound)(vectors), bound.block(vectors), 1e-10)
 
 
+@pytest.mark.parametrize("matrix", ["fisher", "hessian"])
 @pytest.mark.parametrize("largest", [1, 2**20])
-def test_large_vectors_go_one_by_one(largest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_vectors_go_one_by_one(
+    largest: int, matrix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Where tangents leave the cache vectors do not lie side by side; the products are the same."""
     monkeypatch.setattr(linear, "_CACHE", largest)
     plays: list[int] = []
@@ -88,7 +91,7 @@ def test_large_vectors_go_one_by_one(largest: int, monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(tape.Tape, "play", play)
     s = cases.LAYERS["mlp"].setup()
-    bound = ff.linearized(s.model, s.likelihood)(*s.args)
+    bound = ff.linearized(s.model, s.likelihood, matrix=matrix)(*s.args)
     vectors = stack(s.params, 3)
     block = bound.block(vectors)
     assert len(plays) == (3 if largest == 1 else 1)

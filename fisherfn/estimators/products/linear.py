@@ -261,11 +261,14 @@ def _recorded(function: Function, leaves: list[Tensor]) -> Linear:
     detached = [z.detach() for z in outputs]
     push = player(tape, detached)
     pull = puller(outputs, live)
-    out_of_cache = leaves[0].device.type == "cpu" and tape.largest > _CACHE
-    if tape.convolves or out_of_cache:  # one by one is faster, twice for convolutions
+    if one_by_one(tape, leaves):
         return Linear(detached, push, pull, loop(push), loop(pull))
-    many = mapped(push)
-    return Linear(detached, push, pull, many, batched(pull))
+    return Linear(detached, push, pull, mapped(push), batched(pull))
+
+
+def one_by_one(tape: Tape, leaves: Sequence[Tensor]) -> bool:
+    """Return whether vectors are multiplied faster alone, up to twice, than side by side."""
+    return tape.convolves or (leaves[0].device.type == "cpu" and tape.largest > _CACHE)
 
 
 def record(

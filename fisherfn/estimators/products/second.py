@@ -106,7 +106,8 @@ def many(loss: Loss, leaves: list[Tensor]) -> Ready:
         reason = no_forward_mode(error)
         return Ready(*_graph(loss, leaves, reason), DOUBLE, reason)
     push = linear.player(tape, [g.detach() for g in found])
-    return Ready(push, linear.mapped(push), FORWARD)
+    alone = linear.one_by_one(tape, leaves)
+    return Ready(push, linear.loop(push) if alone else linear.mapped(push), FORWARD)
 
 
 def _functional(loss: Loss, leaves: list[Tensor]) -> Map:
