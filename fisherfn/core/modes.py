@@ -70,6 +70,15 @@ def version(t: torch.Tensor) -> int:
     return 0 if is_functorch_wrapped_tensor(t) else t._version
 
 
+def is_dtensor(x: Any) -> bool:
+    """Return True for a tensor that is spread over processes; by name, so that none is loaded.
+
+    >>> is_dtensor(torch.ones(2))
+    False
+    """
+    return type(x).__name__ == "DTensor"
+
+
 def transformed() -> bool:
     """Return True inside `torch.compile` or any `torch.func` transformation."""
     return compiling() or in_functorch()

@@ -16,7 +16,7 @@ from fisherfn.core.errors import (
     TreeMismatchError,
     UnsupportedError,
 )
-from fisherfn.core.modes import concrete
+from fisherfn.core.modes import concrete, is_dtensor
 from fisherfn.estimators.observe import Labels
 
 FISHERS = ("exact", "mc", "curvature_prop", "empirical")
@@ -80,7 +80,7 @@ def check_params(caller: str, params: Any) -> list[Tensor]:
                 f"{caller}: expected params to hold tensors, got {type(leaf).__name__} at "
                 f"'{trees.paths(params)[i]}'. Constants belong into the buffers or the closure."
             )
-        if type(leaf).__name__ == "DTensor":
+        if is_dtensor(leaf):
             raise UnsupportedError(
                 f"{caller}: expected whole parameters, got a DTensor at "
                 f"'{trees.paths(params)[i]}'. Gather it with .full_tensor() for the estimate; "

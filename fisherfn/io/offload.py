@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fisherfn.core import trees
 from fisherfn.core.errors import OptionError, UnsupportedError, at
-from fisherfn.core.modes import concrete
+from fisherfn.core.modes import concrete, is_dtensor
 from fisherfn.io.files import device_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -168,7 +168,7 @@ def _check_leaves(leaves: list[Any], paths: list[str]) -> None:
                 f"io.offload: expected a result, a state or a tree of tensors, got "
                 f"{type(x).__name__}{at(path)}. Leave it out."
             )
-        if type(x).__name__ == "DTensor":
+        if is_dtensor(x):
             raise UnsupportedError(
                 f"io.offload: expected tensors of this process, got a DTensor{at(path)}. Offload "
                 "each rank's part, .to_local()."

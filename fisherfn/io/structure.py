@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.errors import OptionError, UnsupportedError, at
-from fisherfn.core.modes import concrete
+from fisherfn.core.modes import concrete, is_dtensor
 from fisherfn.io.registry import class_named, fields_of, is_namedtuple, name_of
 
 _DTYPES: dict[str, torch.dtype] = {
@@ -96,7 +96,7 @@ class Writer:
                 f"transformation or without memory{at(path)}. Save outside of torch.compile, "
                 "torch.func and torch.device('meta')."
             )
-        if type(x).__name__ == "DTensor":
+        if is_dtensor(x):
             raise UnsupportedError(
                 f"io.save: expected tensors of this process, got a DTensor{at(path)}. Take "
                 ".full_tensor() on all ranks, or .to_local() for a file of each rank's part."
