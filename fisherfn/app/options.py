@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 import torch
 
+from fisherfn.app.errors import OutOfMemoryError, is_out_of_memory
 from fisherfn.core.errors import OptionError
 
 Fisher = Literal["mc", "exact", "empirical", "curvature_prop"]
@@ -97,6 +98,7 @@ def resolve_device(name: str) -> torch.device:
 
     Raises:
         OptionError: No such device here.
+        OutOfMemoryError: It has no memory left for one number.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -106,6 +108,11 @@ def resolve_device(name: str) -> torch.device:
             raise OptionError("--device: meta holds no values. Take cpu or cuda.")
         return torch.zeros(1, device=device).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
+        if is_out_of_memory(error):
+            raise OutOfMemoryError(
+                f"--device: no memory is left on {name}, other programs hold it. Wait for them, or "
+                "use another --device."
+            ) from error
         have = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
         raise OptionError(
             f"--device: no device {name!r} here. This machine has: {', '.join(have)}."

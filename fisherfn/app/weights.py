@@ -38,17 +38,22 @@ def load_weights(source: Source, dtype: torch.dtype, device: torch.device) -> nn
     except DataError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
-            raise OutOfMemoryError(
-                f"--model: {source.name} does not fit into the memory of {device}. "
-                "Use --dtype bfloat16, or --device cpu."
-            ) from error
+        _check_fits(error, source, device)
         what = f"cannot load the weights of {source.name}: {first_line(error)}"
         if Path(source.where).is_dir():
             raise DataError(
                 f"--model: {what} The files in {source.where} may be broken."
             ) from error
         raise DataError(f"--model: {what} Check the network, or give a local directory.") from error
+
+
+def _check_fits(error: Exception, source: Source, device: torch.device) -> None:
+    """Say so if this is an error for want of memory."""
+    if is_out_of_memory(error):
+        raise OutOfMemoryError(
+            f"--model: {source.name} does not fit into the memory of {device}. "
+            "Use --dtype bfloat16, or --device cpu."
+        ) from error
 
 
 def check_causality(module: nn.Module, source: Source, device: torch.device) -> None:
@@ -61,14 +66,19 @@ def check_causality(module: nn.Module, source: Source, device: torch.device) -> 
     Raises:
         UnsupportedError: The logits before the last token differ.
         DataError: They are not finite.
+        OutOfMemoryError: A pass over a few tokens does not fit.
     """
     length = min(8, source.context or 8)
     tokens = (torch.arange(length) + 1) % source.vocabulary
     other = tokens.clone()
     other[-1] = (other[-1] + 1) % source.vocabulary
-    with torch.no_grad():
-        inputs = torch.stack([tokens, other]).to(device)
-        logits = module(inputs, use_cache=False).logits[:, :-1]
+    try:
+        with torch.no_grad():
+            inputs = torch.stack([tokens, other]).to(device)
+            logits = module(inputs, use_cache=False).logits[:, :-1]
+    except Exception as error:
+        _check_fits(error, source, device)
+        raise
     if not torch.isfinite(logits).all():
         raise DataError(
             f"--model: the logits of {source.name} are not finite in {logits.dtype}. "

@@ -203,10 +203,11 @@ def _reference(
         except RuntimeError as error:
             refuse_checkpointing(error)
             raise
+        # times one: a backward pass that starts with a product of matrices warns on a GPU, where
+        # the thread of the engine has no context before its first kernel
+        ends = [o * 1 if o.requires_grad else o for o in trees.leaves(outputs)]
     weighted = trees.leaves(_weighted(cotangent, r))
-    pairs = [
-        (o, c) for o, c in zip(trees.leaves(outputs), weighted, strict=True) if o.requires_grad
-    ]
+    pairs = [(o, c) for o, c in zip(ends, weighted, strict=True) if o.requires_grad]
     if not pairs:
         return [None] * len(leaves)
     try:

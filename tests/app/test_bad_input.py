@@ -161,6 +161,30 @@ def test_out_of_memory(
     )
 
 
+def test_a_device_without_memory(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(torch, "zeros", exhausted)
+    assert "--device: no memory is left on cpu, other programs hold it." in refused(device="cpu")
+
+
+@pytest.mark.parametrize("place", ["to", "forward"])
+def test_a_model_that_does_not_fit(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    def exhausted(*args: object, **options: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 3.00 GiB")
+
+    monkeypatch.setattr(LlamaForCausalLM, place, exhausted)
+    message = refused()
+    assert "does not fit into the memory of cpu. Use --dtype bfloat16, or --device cpu" in message
+
+
 def test_fisher_that_is_not_finite(
     refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -260,6 +261,8 @@ def test_on_a_gpu(tiny: Tiny, texts: Path, tmp_path: Path, fim: Any) -> None:
 def test_memory_of_a_gpu(tiny: Tiny, tmp_path: Path, fim: Any) -> None:
     data = tmp_path / "data.txt"
     data.write_text("x = y + z * 1\n" * 4, "utf-8")
+    gc.collect()
+    torch.cuda.empty_cache()  # what is reserved already counts as given
     limit = torch.cuda.mem_get_info()[1]
     torch.cuda.set_per_process_memory_fraction(1e6 / limit)
     try:

@@ -54,6 +54,8 @@ WORLDS = [
 @pytest.fixture(scope="module", params=WORLDS)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Ranks:
     world, backend = request.param
+    if backend == scenarios.GPU_BACKEND and torch.cuda.device_count() < world:
+        pytest.skip(f"{world} processes over {backend} need as many GPUs")
     return started(world, backend, tmp_path_factory.mktemp("ranks"))
 
 
