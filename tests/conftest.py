@@ -57,3 +57,31 @@ def global_rng_untouched(request: pytest.FixtureRequest) -> Iterator[None]:
             f"the global random state of {', '.join(moved)} moved. The library never draws from "
             "it; if the test itself does, wrap that in torch.random.fork_rng(devices=[])."
         )
+
+
+@pytest.fixture
+def fast_products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Send every product that may go to the faster library there, of any size and in float64 too.
+
+    In its place stands the definition, which also asserts what that library asks of its operands.
+    Gives the sizes of the products that were made.
+    """
+    from fisherfn.core import matmul
+    from fisherfn.layers import outer, symmetric
+
+    made: list[tuple[int, ...]] = []
+
+    def multiply(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        assert x.stride(1) == 1 or x.shape[1] == 1, "rows of the left factor have gaps"
+        assert w.is_contiguous() or w.T.is_contiguous(), "the right factor has gaps"
+        assert x.dim() == w.dim() == 2
+        made.append((x.shape[0], x.shape[1], w.shape[0]))
+        return x @ w.T
+
+    monkeypatch.setattr(matmul, "dense_product", lambda: multiply)
+    monkeypatch.setattr(matmul, "_MULTIPLICATIONS", 0)
+    monkeypatch.setattr(matmul, "_NARROW", 1)
+    monkeypatch.setattr(matmul, "_DTYPES", (torch.float32, torch.float64))
+    monkeypatch.setattr(outer, "_QUICK", 0)
+    monkeypatch.setattr(symmetric, "_BAND", 2)
+    return made

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from fisherfn.core import random
 from fisherfn.core.dtypes import wide, working_dtype
+from fisherfn.core.matmul import stacked_product
 from fisherfn.core.modes import concrete, in_functorch
 from fisherfn.curvature.common import Scalar
 
@@ -237,8 +238,8 @@ def times(factor: Tensor, form: str, columns: Tensor) -> Tensor:
     if form == "diagonal":
         return factor.unsqueeze(-1) * columns
     if form == "rows":
-        return factor.mT @ (factor @ columns)
-    return factor @ columns
+        return stacked_product(factor.mT, stacked_product(factor, columns))
+    return stacked_product(factor, columns)
 
 
 def in_basis(
@@ -262,19 +263,18 @@ def in_basis(
     """
 
     def left(columns: Tensor, weights: Tensor) -> Tensor:
-        inside = outputs.mT @ columns
+        inside = stacked_product(outputs.mT, columns)
         if not thin[0]:
-            return outputs @ (weights * inside)
+            return stacked_product(outputs, weights * inside)
         k = outputs.shape[-1]
-        return outputs @ ((weights[..., :k, :] - weights[..., k:, :]) * inside) + (
-            weights[..., k:, :] * columns
-        )
+        change = weights[..., :k, :] - weights[..., k:, :]
+        return stacked_product(outputs, change * inside) + weights[..., k:, :] * columns
 
     if inputs is None:
         return left(matrix, scales)
-    inside = matrix @ inputs
+    inside = stacked_product(matrix, inputs)
     if not thin[1]:
-        return left(inside, scales) @ inputs.mT
+        return stacked_product(left(inside, scales), inputs.mT)
     k = inputs.shape[-1]
-    beside = matrix - inside @ inputs.mT
-    return left(inside, scales[..., :k]) @ inputs.mT + left(beside, scales[..., k:])
+    beside = matrix - stacked_product(inside, inputs.mT)
+    return stacked_product(left(inside, scales[..., :k]), inputs.mT) + left(beside, scales[..., k:])

@@ -17,11 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fisherfn.core.dtypes import wide
+from fisherfn.core.matmul import quick
 from fisherfn.layers.bands import Geometry
 from fisherfn.layers.elementwise import Alignment, ShiftBuilder
 from fisherfn.layers.form import Form
 from fisherfn.layers.memo import Memo
-from fisherfn.layers.numerics import accumulate, blocks, convolution_precision
+from fisherfn.layers.numerics import (
+    accumulate,
+    blocks,
+    convolution_precision,
+    in_place_allowed,
+)
 from fisherfn.layers.outer import Outer
 from fisherfn.layers.registry import Call, Match, Role, register_rule
 from fisherfn.layers.views import Permute, Reshape, View
@@ -171,12 +177,27 @@ class Unfolded(Form):
     def _rows_of_window(self) -> int:
         """How many rows of the window are contracted apart where scores are made.
 
-        It is one, too, on a CPU where copying patches takes little beside what is made of them.
+        It is one, too, on a CPU where copying patches takes little beside what is made of them, or
+        where the faster library multiplies them.
         """
         fixed = self.x if self.transposed else self.g
         channels, *inner = fixed.shape[2 if self.transposed else 3 :]
         few = 2 * math.prod(inner) < channels // self.geometry.groups
-        return 1 if few and self.g.device.type == "cpu" else self._rows_of_bands
+        if few and self.g.device.type == "cpu":
+            return 1
+        return 1 if in_place_allowed() and self._quick() else self._rows_of_bands
+
+    @property
+    def positions(self) -> int:
+        """How many windows an example has."""
+        return self.g.shape[2] * math.prod(
+            self.x.shape[3:] if self.transposed else self.g.shape[4:]
+        )
+
+    def _quick(self) -> bool:
+        """Return whether scores of whole windows may go to the faster library."""
+        _, o, i = self.shape
+        return all(quick(t, o, self.positions, i) for t in (self.x, self.g))
 
     def _bands(self, rows: int) -> Iterator[Outer]:
         """Yield the outer form for each row of the window, or that of the whole window."""
@@ -254,9 +275,7 @@ class Unfolded(Form):
 
     def multiplications(self) -> int:
         """As many as those of the outer form."""
-        places = math.prod(self.x.shape[3:] if self.transposed else self.g.shape[4:])
-        each = math.prod(self.shape) * places * self.g.shape[2]
-        return self.columns * self.batch * each
+        return self.columns * self.batch * math.prod(self.shape) * self.positions
 
 
 @dataclass(frozen=True)

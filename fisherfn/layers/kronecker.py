@@ -15,75 +15,15 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.dtypes import wide, working_dtype
+from fisherfn.core.matmul import quick
+from fisherfn.core.modes import transformed
 from fisherfn.layers import shifts
 from fisherfn.layers.convolution import Unfolded
 from fisherfn.layers.form import Form
 from fisherfn.layers.lookup import Lookup
 from fisherfn.layers.numerics import accumulate, blocks, convolution_precision, in_place_allowed
 from fisherfn.layers.outer import Outer
-
-# Products of fewer columns are not split, and others so many times: starting one costs more than it
-# saves, on a GPU more so.
-_SPLIT = {"cpu": 96, "other": 256}
-_DEPTH = {"cpu": 2, "other": 1}
-
-
-def gram(x: Tensor) -> Tensor:
-    """Return `xᵀ x` for a matrix [n, d], with not much more than half of the multiplications.
-
-    The product is symmetric: of its four quarters one is the transpose of another, and the two on
-    the diagonal are symmetric again. Split once it takes 3/4 of the multiplications, twice 5/8.
-
-    >>> gram(torch.tensor([[1.0, 2.0]]))
-    tensor([[1., 2.],
-            [2., 4.]])
-    """
-    d = x.shape[1]
-    if not _splits(x):
-        return x.T @ x
-    if in_place_allowed():
-        out = x.new_empty(d, d)
-        _gram_into(x, out, _DEPTH[_place(x)])
-        return out
-    return _gram_parts(x, _DEPTH[_place(x)])
-
-
-def _splits(x: Tensor) -> bool:
-    """Return whether a product is worth splitting."""
-    return x.shape[1] >= 2 * _SPLIT[_place(x)] and x.shape[0] >= 64
-
-
-def _place(x: Tensor) -> str:
-    return "cpu" if x.device.type == "cpu" else "other"
-
-
-def _gram_into(x: Tensor, out: Tensor, depth: int) -> None:
-    d = x.shape[1]
-    if depth == 0 or d < 2 * _SPLIT[_place(x)]:
-        torch.mm(x.T, x, out=out)
-        return
-    h = d // 2
-    first, second = x[:, :h], x[:, h:]
-    _gram_into(first, out[:h, :h], depth - 1)
-    _gram_into(second, out[h:, h:], depth - 1)
-    torch.mm(first.T, second, out=out[:h, h:])
-    out[h:, :h].copy_(out[:h, h:].T)
-
-
-def _gram_parts(x: Tensor, depth: int) -> Tensor:
-    d = x.shape[1]
-    if depth == 0 or d < 2 * _SPLIT[_place(x)]:
-        return x.T @ x
-    h = d // 2
-    first, second = x[:, :h], x[:, h:]
-    beside = first.T @ second
-    top = torch.cat([_gram_parts(first, depth - 1), beside], 1)
-    return torch.cat([top, torch.cat([beside.T, _gram_parts(second, depth - 1)], 1)], 0)
-
-
-def _stacked_gram(x: Tensor) -> Tensor:
-    """Return `xᵀ x` for each of [R, n, d], [R, d, d]."""
-    return gram(x[0]).unsqueeze(0) if x.shape[0] == 1 else x.mT @ x
+from fisherfn.layers.symmetric import gram_into, splits, stacked_gram
 
 
 @dataclass(frozen=True)
@@ -180,6 +120,10 @@ def _of_patches(
     return Moments(square, rows)
 
 
+def _number(many: int, like: Tensor) -> Tensor:
+    return torch.full((), float(many), dtype=working_dtype(like), device=like.device)
+
+
 def _of_shifts(form: Unfolded, weights: Weights, bias: bool) -> Moments:
     """Return the moments of patches from products of rows of the image."""
     places, geometry = form.g.shape[4:], form.geometry
@@ -191,7 +135,7 @@ def _of_shifts(form: Unfolded, weights: Weights, bias: bool) -> Moments:
         x = form.x[start:stop].reshape(-1, *form.x.shape[2:])
         image = shifts.image_rows(geometry, x, places)
         many = (stop - start) * m * math.prod(places)
-        count = torch.full((), float(many), dtype=working_dtype(x), device=x.device)
+        count = _number(many, x)
         root = None
         if w is not None:
             own = w[start:stop].to(x.dtype)
@@ -199,7 +143,7 @@ def _of_shifts(form: Unfolded, weights: Weights, bias: bool) -> Moments:
             root = own.sqrt().repeat_interleave(m * math.prod(places[1:])).unsqueeze(-1)
             zero = torch.zeros((), dtype=x.dtype, device=x.device)
             image = torch.where(root > 0, image, zero) * root
-        found = shifts.patch_gram(geometry, image, places[0], _stacked_gram)
+        found = shifts.patch_gram(geometry, image, places[0], stacked_gram)
         total = accumulate(total, found)
         rows = count if rows is None else rows + count
         if bias:
@@ -235,8 +179,7 @@ def _rows(a: Tensor, weights: Weights, reduce: bool) -> tuple[Tensor, Tensor | N
         a = a[:, :1]
     if not reduce or t == 1:
         w = weights.rows(t)
-        rows = a.transpose(0, 1).reshape(a.shape[1], -1, a.shape[-1])
-        return rows, None if w is None else w.reshape(-1)
+        return _flat(a.transpose(0, 1), 2), None if w is None else w.reshape(-1)
     shares = weights.shares(t)
     if shares is None:
         mean = a.mean(2)
@@ -245,9 +188,16 @@ def _rows(a: Tensor, weights: Weights, reduce: bool) -> tuple[Tensor, Tensor | N
     return mean.transpose(0, 1), weights.examples()
 
 
+def _flat(x: Tensor, axes: int) -> Tensor:
+    """Return `[R, *axes, d]` as `[R, n, d]`, copied as it is stored: by rows or by columns."""
+    if transformed() or x.stride(-1) == 1 or x.stride(-2) != 1:
+        return x.flatten(1, axes)
+    return x.movedim(-1, 1).flatten(2).mT
+
+
 def _of_rows(rows: Tensor, w: Tensor | None, bias: bool, keep_rows: bool) -> Moments:
     if w is None:
-        many = torch.full((), float(rows.shape[1]), dtype=working_dtype(rows), device=rows.device)
+        many = _number(rows.shape[1], rows)
         root = None
     else:
         w = w.to(rows.dtype)
@@ -258,16 +208,16 @@ def _of_rows(rows: Tensor, w: Tensor | None, bias: bool, keep_rows: bool) -> Mom
     if keep_rows:
         return Moments(_with_one(rows, root) if bias else rows, many)
     if not bias:
-        return Moments(_stacked_gram(rows), many)
-    if rows.shape[0] > 1 or not in_place_allowed() or not _splits(rows[0]):
-        return Moments(_stacked_gram(_with_one(rows, root)), many)
+        return Moments(stacked_gram(rows), many)
+    r, n, d = rows.shape
+    if r > 1 or not in_place_allowed() or not splits(rows[0]) or quick(rows, d, n, d):
+        return Moments(stacked_gram(_with_one(rows, root)), many)
     # the ones last, into one buffer: a copy of the rows, or of the product, costs as much
-    n = rows.shape[2]
-    out = rows.new_empty(n + 1, n + 1)
-    _gram_into(rows[0], out[:n, :n], _DEPTH[_place(out)])
-    torch.mv(rows[0].T, _ones(rows[0], root), out=out[n, :n])
-    out[:n, n].copy_(out[n, :n])
-    out[n, n].copy_(many)
+    out = rows.new_empty(d + 1, d + 1)
+    gram_into(rows[0], out[:d, :d])
+    torch.mv(rows[0].T, _ones(rows[0], root), out=out[d, :d])
+    out[:d, d].copy_(out[d, :d])
+    out[d, d].copy_(many)
     return Moments(out.unsqueeze(0), many)
 
 
@@ -307,7 +257,7 @@ def output_moments(form: Form, *, reduce: bool, parts: int = 1, keep_rows: bool 
     """
     if isinstance(form, Lookup):
         rows = form.g.reshape(1, -1, form.g.shape[-1])
-        return rows if keep_rows else _stacked_gram(rows)
+        return rows if keep_rows else stacked_gram(rows)
     if isinstance(form, Unfolded):
         total = None
         with convolution_precision(form.g):
@@ -323,8 +273,8 @@ def _of_cotangents(g: Tensor, reduce: bool, parts: int, keep_rows: bool) -> Tens
     g = wide(g)
     if reduce and g.shape[3] > 1:
         g = g.sum(3, keepdim=True)
-    rows = g.permute(2, 0, 1, 3, 4).reshape(g.shape[2], -1, g.shape[-1])
+    rows = _flat(g.permute(2, 0, 1, 3, 4), 3)
     if parts > 1:
         r, n, o = rows.shape
         rows = rows.reshape(r, n, parts, o // parts).transpose(1, 2).reshape(r * parts, n, -1)
-    return rows if keep_rows else _stacked_gram(rows)
+    return rows if keep_rows else stacked_gram(rows)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherfn.core import matmul
+from fisherfn.core.matmul import by_rows, product, quick, stacked_product
 from fisherfn.layers.form import Form
 from fisherfn.layers.numerics import (
     accumulate,
@@ -25,6 +27,8 @@ from fisherfn.layers.numerics import (
 # On a CPU a score of this many bytes is formed, squared and added while it is in the cache; batched
 # products of smaller ones cost less than their calls.
 _CPU_SCORE = 256 * 2**10
+# The faster library makes scores of so many multiplications or more one by one.
+_QUICK = 7 * 2**19
 # Sums over fewer positions than this leave a thread idle unless rows are the longer side.
 _SHORT = 256
 
@@ -59,6 +63,8 @@ class Outer(Form):
         if self.positions == 1:
             return accumulate(total, self._factored())
         if in_place_allowed():
+            if self._quick():
+                return self._quickly(total)
             if self._wide():
                 return self._turned(total)
             if self._large():
@@ -75,14 +81,18 @@ class Outer(Form):
     def _factored(self) -> Tensor:
         g2 = (self.g * self.g).sum(0) if self.columns > 1 else (self.g * self.g)[0]
         a2 = self.a * self.a
-        if self.shape[0] == 1:
-            return (g2[:, 0, 0].T @ a2[:, 0, 0]).unsqueeze(0)
-        return g2[:, :, 0].permute(1, 2, 0) @ a2[:, :, 0].transpose(0, 1)
+        return stacked_product(g2[:, :, 0].permute(1, 2, 0), a2[:, :, 0].transpose(0, 1))
 
     def _large(self) -> bool:
         """Return True if one score is worth a launch of its own."""
         least = _CPU_SCORE if self.a.device.type == "cpu" else block_bytes(self.a) // 2
         return self.score_bytes // self.columns >= least
+
+    def _quick(self) -> bool:
+        """Return True if products of one example each are worth the faster library."""
+        _, o, i = self.shape
+        t = self.positions
+        return o * t * i >= _QUICK and quick(self.a, o, t, i) and quick(self.g, o, t, i)
 
     def _wide(self) -> bool:
         """Return True if the transpose of a score is formed faster, on a CPU.
@@ -112,13 +122,35 @@ class Outer(Form):
             _add_squares(found, self.g[k], self.a, fresh=total is None and k == 0)
         return found
 
+    def _quickly(self, total: Tensor | None) -> Tensor:
+        """Return what `square_sum` does, from products of the faster library.
+
+        It wants the rows of the left factor contiguous, so that one may have to be copied.
+        """
+        _, o, i = self.shape
+        by_position = by_rows(self.g), by_rows(self.a)
+        if by_position[0] == by_position[1]:
+            turned = i < o if by_position[0] else o < i
+        else:
+            turned = by_position[0]
+        left, right = (self.a.unsqueeze(0), self.g) if turned else (self.g, self.a.unsqueeze(0))
+        shape = (left.shape[2], left.shape[-1], right.shape[-1])
+        found = self.a.new_empty(shape) if turned or total is None else total
+        for k in range(self.columns):
+            x, y = left[k % len(left)], right[k % len(right)]
+            _add_quick_squares(found, x, y, fresh=k == 0 and found is not total)
+        if not turned:
+            return found
+        found = found.mT
+        return found.contiguous() if total is None else total.add_(found)
+
     def sum(self) -> Tensor:
         """Return the sum of the scores, `[R, O, I]`."""
         g = self.g.sum(0)
         r, o, i = self.shape
         rows_g = g.transpose(0, 1).reshape(r, -1, o)
         rows_a = self.a.transpose(0, 1).reshape(r, -1, i)
-        return rows_g.transpose(-1, -2) @ rows_a
+        return stacked_product(rows_g.transpose(-1, -2), rows_a)
 
     def norms(self) -> Tensor:
         """Return squared norms `[K, B]`, through positions or through scores, as is cheaper."""
@@ -145,7 +177,7 @@ class Outer(Form):
         for start, stop in blocks(o, b * r * i * self.columns * 8, self.a):
             s = Outer(self.a, self.g[..., start:stop]).scores()
             rows = s.transpose(0, 1).reshape(b, -1)
-            result = accumulate(result, rows @ rows.T)
+            result = accumulate(result, product(rows, rows.T))
         assert result is not None
         return result
 
@@ -211,3 +243,27 @@ def _add_squares(found: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> 
         for x, y in pairs:
             product(x, y, out=score)
             total.addcmul_(score, score)
+
+
+def _add_quick_squares(found: Tensor, left: Tensor, right: Tensor, *, fresh: bool) -> None:
+    """Do what `_add_squares` does, by products of the faster library."""
+    multiply = matmul.dense_product()
+    assert multiply is not None
+    r, rows, columns = found.shape
+    step = min(rows, max(1, block_bytes(found) // (2 * columns * found.element_size())))
+    each = left[0].numel() * left.element_size()
+    for start, stop in blocks(len(left), each, left):
+        lefts, rights = left[start:stop].mT.contiguous(), right[start:stop]
+        if not (rights.is_contiguous() or rights.mT.is_contiguous()):
+            rights = rights.contiguous()
+        for group in range(r):
+            ends = rights[:, group].mT.unbind(0)
+            for row in range(0, rows, step):
+                total = found[group, row : row + step]
+                pairs = zip(lefts[:, group, row : row + step].unbind(0), ends, strict=True)
+                if fresh and start == 0:
+                    score = multiply(*next(pairs))
+                    torch.mul(score, score, out=total)
+                for x, y in pairs:
+                    score = multiply(x, y)
+                    total.addcmul_(score, score)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fisherfn.core.matmul import quick, stacked_product
 from fisherfn.layers.bands import Geometry
 
 
@@ -55,13 +56,17 @@ def patch_gram(
         gram: Gives `xᵀ x` for each of `[groups, n, d]`.
     """
     kernel, dilation = geometry.kernel[0], geometry.dilation[0]
-    groups, width = rows.shape[0], rows.shape[-1]
+    groups, _, each, width = rows.shape
+    turned = rows.flatten(1, 2).mT
+    fast = quick(rows, width, places * each, width)
+    if fast:
+        turned = turned.contiguous()  # once, for all products
 
     def product(start: int, stop: int, shift: int) -> Tensor:
-        left = rows[:, start:stop].reshape(groups, -1, width)
-        if shift == 0:
-            return gram(left)
-        return left.mT @ rows[:, start + shift : stop + shift].reshape(groups, -1, width)
+        right = rows[:, start + shift : stop + shift].reshape(groups, -1, width)
+        if shift == 0 and not fast:
+            return gram(right)
+        return stacked_product(turned[..., start * each : stop * each], right)
 
     blocks: dict[tuple[int, int], Tensor] = {}
     for apart in range(kernel):

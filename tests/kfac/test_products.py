@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fisherfn as ff
 from fisherfn.curvature import kronecker_spectra as spectra
-from fisherfn.layers import kronecker, shifts
+from fisherfn.layers import kronecker, shifts, symmetric
 from fisherfn.layers.bands import Geometry
 from fisherfn.layers.outer import Outer
 from fisherfn.testing import assert_close
@@ -24,11 +24,11 @@ from fisherfn.testing import assert_close
 def test_a_split_product_is_the_product(n: int, d: int) -> None:
     x = loops.normal(0, n, d)
     with torch.no_grad():
-        got = kronecker.gram(x)
+        got = symmetric.gram(x)
     assert_close(got, x.T @ x)
     assert_close(got, got.T)
-    assert_close(torch.vmap(kronecker.gram)(x[None])[0], x.T @ x)
-    slope = torch.func.grad(lambda x: kronecker.gram(x).cos().sum())(x)
+    assert_close(torch.vmap(symmetric.gram)(x[None])[0], x.T @ x)
+    slope = torch.func.grad(lambda x: symmetric.gram(x).cos().sum())(x)
     assert_close(slope, torch.func.grad(lambda x: (x.T @ x).cos().sum())(x))
 
 

@@ -23,14 +23,17 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fisherfn.core.matmul import product
 from fisherfn.core.modes import version
 
 _ABOUT_SHAPES = (
     torch.ops.aten.is_same_size.default,
     torch.ops.aten._has_same_storage_numel.default,
 )
-# torch's own decompositions use these, for which there are no batching rules
+# torch's own decompositions use these, for which there are no batching rules; products of matrices
+# go to the fastest library
 _PLAIN = {
+    torch.ops.aten.mm.default: product,
     torch.ops.prims.add.default: torch.ops.aten.add.Tensor,
     torch.ops.prims.sub.default: torch.ops.aten.sub.Tensor,
     torch.ops.prims.mul.default: torch.ops.aten.mul.Tensor,
