@@ -44,16 +44,20 @@ class Geometry:
             x = x.unfold(2 + d, self.extents[d], self.stride[d])[..., :: self.dilation[d]]
         return x
 
+    def windows(self, x: Tensor, places: Sequence[int]) -> Tensor:
+        """Return the patches of `[N, C, *space]` as a view `[N, C, *window, *places]`."""
+        nd = len(self.kernel)
+        x = self._windows(self.padded(x, places), 0)
+        return x.permute(0, 1, *range(2 + nd, 2 + 2 * nd), *range(2, 2 + nd))
+
     def patches(self, x: Tensor, places: Sequence[int]) -> Tensor:
         """Return the patches of `[N, C, *space]` as `[N, groups, positions, C/groups * window]`.
 
         `places` is the number of windows along each dimension; windows beyond it are dropped.
         """
-        nd = len(self.kernel)
-        x = self._windows(self.padded(x, places), 0)
-        # [N, C, *window, *places], copied by whole rows of places: F.unfold takes twice to eight
-        # times as long on a CPU, and a launch for each example on a GPU
-        x = x.permute(0, 1, *range(2 + nd, 2 + 2 * nd), *range(2, 2 + nd))
+        # copied by whole rows of places: F.unfold takes twice to eight times as long on a CPU, and
+        # a launch for each example on a GPU
+        x = self.windows(x, places)
         rows = x.shape[1] // self.groups * math.prod(self.kernel)
         return x.reshape(len(x), self.groups, rows, math.prod(places)).transpose(-1, -2)
 

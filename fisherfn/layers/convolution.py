@@ -7,6 +7,7 @@ its own rows. A transposed convolution is the adjoint: the patches are those of 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -16,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fisherfn.core import matmul
 from fisherfn.core.dtypes import wide
 from fisherfn.core.matmul import quick
 from fisherfn.layers.bands import Geometry
@@ -47,6 +49,8 @@ def _examples(t: Tensor, m: int) -> Tensor:
     return t.reshape(*t.shape[:2], -1, t.shape[-1])
 
 
+# So many bytes of patches are copied at once where they are used up before the next.
+_CACHED = 2**21
 # A product with fewer columns than this is slower than copying whole patches.
 _NARROW = 32
 
@@ -132,6 +136,8 @@ class Unfolded(Form):
 
     def square_sum(self, total: Tensor | None = None) -> Tensor:
         """Return `total` plus the sum of squared scores."""
+        if self.memo is None and self.g.shape[2] == 1 and in_place_allowed() and self._quick():
+            return accumulate(total, self._quick_square_sum())
         rows = self._rows_of_window
         sums: list[Tensor | None] = [None] * rows
         with convolution_precision(self.g):
@@ -177,15 +183,12 @@ class Unfolded(Form):
     def _rows_of_window(self) -> int:
         """How many rows of the window are contracted apart where scores are made.
 
-        It is one, too, on a CPU where copying patches takes little beside what is made of them, or
-        where the faster library multiplies them.
+        It is one, too, on a CPU where copying patches takes little beside what is made of them.
         """
         fixed = self.x if self.transposed else self.g
         channels, *inner = fixed.shape[2 if self.transposed else 3 :]
         few = 2 * math.prod(inner) < channels // self.geometry.groups
-        if few and self.g.device.type == "cpu":
-            return 1
-        return 1 if in_place_allowed() and self._quick() else self._rows_of_bands
+        return 1 if few and self.g.device.type == "cpu" else self._rows_of_bands
 
     @property
     def positions(self) -> int:
@@ -198,6 +201,35 @@ class Unfolded(Form):
         """Return whether scores of whole windows may go to the faster library."""
         _, o, i = self.shape
         return all(quick(t, o, self.positions, i) for t in (self.x, self.g))
+
+    def _quick_square_sum(self) -> Tensor:
+        """Return the sum of squared scores, from patches of a few examples that stay in the cache.
+
+        Patches are the left factors of the products: the scores `[I, O]`, or as the form has them
+        if the convolution is transposed.
+        """
+        multiply = matmul.dense_product()
+        assert multiply is not None
+        geometry, groups = self.geometry, self.geometry.groups
+        x, g = self.x.transpose(0, 1), self.g[:, :, 0]  # [1, B, C, *space], [K, B, O, *space]
+        moving, fixed = (g, x) if self.transposed else (x, g)
+        places = fixed.shape[3:]
+        still = fixed.reshape(*fixed.shape[:2], groups, -1, math.prod(places)).contiguous()
+        window = [geometry.windows(t, places) for t in moving]
+        step = max(1, _CACHED // (window[0][0].numel() * x.element_size()))
+        patches = x.new_empty((min(step, self.batch), *window[0].shape[1:]))
+        rows = patches.view(len(patches), groups, -1, math.prod(places))
+        total = x.new_zeros((groups, rows.shape[2], still.shape[3]))
+        for start in range(0, self.batch, step):
+            stop = min(self.batch, start + step)
+            for view in window:
+                patches[: stop - start].copy_(view[start:stop])
+                for other, r in itertools.product(still, range(groups)):
+                    lefts, rights = rows[: stop - start, r], other[start:stop, r]
+                    for left, right in zip(lefts.unbind(0), rights.unbind(0), strict=True):
+                        score = multiply(left, right)
+                        total[r].addcmul_(score, score)
+        return total if self.transposed else total.mT.contiguous()
 
     def _bands(self, rows: int) -> Iterator[Outer]:
         """Yield the outer form for each row of the window, or that of the whole window."""

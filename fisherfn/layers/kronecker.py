@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from fisherfn.core.dtypes import wide, working_dtype
-from fisherfn.core.matmul import quick
 from fisherfn.core.modes import transformed
 from fisherfn.layers import shifts
 from fisherfn.layers.convolution import Unfolded
@@ -23,7 +22,7 @@ from fisherfn.layers.form import Form
 from fisherfn.layers.lookup import Lookup
 from fisherfn.layers.numerics import accumulate, blocks, convolution_precision, in_place_allowed
 from fisherfn.layers.outer import Outer
-from fisherfn.layers.symmetric import gram_into, splits, stacked_gram
+from fisherfn.layers.symmetric import gram_with, stacked_gram
 
 
 @dataclass(frozen=True)
@@ -209,20 +208,10 @@ def _of_rows(rows: Tensor, w: Tensor | None, bias: bool, keep_rows: bool) -> Mom
         return Moments(_with_one(rows, root) if bias else rows, many)
     if not bias:
         return Moments(stacked_gram(rows), many)
-    r, n, d = rows.shape
-    if r > 1 or not in_place_allowed() or not splits(rows[0]) or quick(rows, d, n, d):
+    if rows.shape[0] > 1 or not in_place_allowed():
         return Moments(stacked_gram(_with_one(rows, root)), many)
-    # the ones last, into one buffer: a copy of the rows, or of the product, costs as much
-    out = rows.new_empty(d + 1, d + 1)
-    gram_into(rows[0], out[:d, :d])
-    torch.mv(rows[0].T, _ones(rows[0], root), out=out[d, :d])
-    out[:d, d].copy_(out[d, :d])
-    out[d, d].copy_(many)
-    return Moments(out.unsqueeze(0), many)
-
-
-def _ones(rows: Tensor, root: Tensor | None) -> Tensor:
-    return rows.new_ones(rows.shape[0]) if root is None else root[:, 0]
+    ones = rows.new_ones(rows.shape[1]) if root is None else root[:, 0]
+    return Moments(gram_with(rows[0], ones).unsqueeze(0), many)
 
 
 def _with_one(rows: Tensor, root: Tensor | None) -> Tensor:

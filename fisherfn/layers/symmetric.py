@@ -33,19 +33,44 @@ def gram(x: Tensor) -> Tensor:
     """
     n, d = x.shape
     if quick(x, d, n, d):
-        return _quick_gram(x)
+        return _of_columns(x.T.contiguous())
     if traced(x, d, n, d):
         return _whole_gram(x)
-    if not splits(x):
+    if not _splits(x):
         return x.T @ x
     if in_place_allowed():
         out = x.new_empty(d, d)
-        gram_into(x, out)
+        _gram_into(x, out, _DEPTH[_place(x)])
         return out
     return _gram_parts(x, _DEPTH[_place(x)])
 
 
-def splits(x: Tensor) -> bool:
+def gram_with(x: Tensor, ones: Tensor) -> Tensor:
+    """Return `yᵀ y` for y = [x, ones], a matrix [n, d] with one more column, without a graph.
+
+    A copy of the rows, or of the product, costs as much as the split saves.
+
+    >>> gram_with(torch.tensor([[3.0]]), torch.ones(1))
+    tensor([[9., 3.],
+            [3., 1.]])
+    """
+    n, d = x.shape
+    if quick(x, d, n, d):
+        columns = x.new_empty(d + 1, n)
+        columns[:d].copy_(x.T)
+        columns[d].copy_(ones)
+        return _of_columns(columns)
+    if not _splits(x):
+        return gram(torch.cat([x, ones.unsqueeze(1)], 1))
+    out = x.new_empty(d + 1, d + 1)
+    _gram_into(x, out[:d, :d], _DEPTH[_place(x)])
+    torch.mv(x.T, ones, out=out[d, :d])
+    out[:d, d].copy_(out[d, :d])
+    torch.dot(ones, ones, out=out[d, d])
+    return out
+
+
+def _splits(x: Tensor) -> bool:
     """Return whether a product is worth splitting."""
     return x.shape[1] >= 2 * _SPLIT[_place(x)] and x.shape[0] >= 64
 
@@ -54,38 +79,37 @@ def _place(x: Tensor) -> str:
     return "cpu" if x.device.type == "cpu" else "other"
 
 
-def gram_into(x: Tensor, out: Tensor, depth: int | None = None) -> None:
-    """Write `xᵀ x` into `out`, split so often."""
-    depth = _DEPTH[_place(x)] if depth is None else depth
+def _gram_into(x: Tensor, out: Tensor, depth: int) -> None:
     d = x.shape[1]
     if depth == 0 or d < 2 * _SPLIT[_place(x)]:
         torch.mm(x.T, x, out=out)
         return
     h = d // 2
     first, second = x[:, :h], x[:, h:]
-    gram_into(first, out[:h, :h], depth - 1)
-    gram_into(second, out[h:, h:], depth - 1)
+    _gram_into(first, out[:h, :h], depth - 1)
+    _gram_into(second, out[h:, h:], depth - 1)
     torch.mm(first.T, second, out=out[:h, h:])
     out[h:, :h].copy_(out[:h, h:].T)
 
 
-def _quick_gram(x: Tensor) -> Tensor:
-    """Return `xᵀ x` by the faster library: bands of the upper triangle, mirrored, if it is wide."""
-    n, d = x.shape
-    turned = x.T.contiguous()
+def _of_columns(columns: Tensor) -> Tensor:
+    """Return `y yᵀ` for [d, n] by the faster library; of wide ones the upper triangle, mirrored."""
+    d, n = columns.shape
     if d < 2 * _BAND or n < 4 * _BAND:
-        return quick_product(turned, x)
-    out = x.new_empty(d, d)
+        return quick_product(columns, columns.T)
+    out = columns.new_empty(d, d)
     step = -(-d // (d // _BAND))
     for start in range(0, d, step):
         stop = min(d, start + step)
-        out[start:stop, start:].copy_(quick_product(turned[start:stop], turned[start:].T))
+        out[start:stop, start:].copy_(quick_product(columns[start:stop], columns[start:].T))
         out[start:stop, :start].copy_(out[:start, start:stop].T)
     return out
 
 
 _whole_gram = operation(
-    "gram(Tensor x) -> Tensor", _quick_gram, lambda x: x.new_empty(x.shape[1], x.shape[1])
+    "gram(Tensor x) -> Tensor",
+    lambda x: _of_columns(x.T.contiguous()),
+    lambda x: x.new_empty(x.shape[1], x.shape[1]),
 )
 
 
