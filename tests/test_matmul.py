@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from kfac.layers import CASES
 from torch import Tensor
+from torch.autograd import forward_ad
 
 import cases
 import fisherfn as ff
 from fisherfn.core import matmul
-from fisherfn.core.matmul import product, stacked_product
+from fisherfn.core.matmul import product, row_product, stacked_product, summed_product
+from fisherfn.estimators.products.linear import load_forward_mode
 from fisherfn.testing import assert_close
 
 Products = list[tuple[int, ...]]
@@ -118,6 +122,77 @@ def test_it_can_be_switched_off(fast_products: Products) -> None:
         with torch.backends.mkldnn.flags(enabled=False):
             assert_close(product(x, x), x @ x)
     assert not fast_products
+
+
+@given(r=st.integers(1, 2), n=st.integers(1, 40), m=sizes, k=sizes)
+def test_sums_over_rows(r: int, n: int, m: int, k: int) -> None:
+    x, y = numbers(r, n, m), numbers(r, n, k, seed=1)
+    assert_close(summed_product(x, y), x.mT @ y)
+    assert_close(row_product(x[0], x[0].T), x[0] @ x[0].T)
+
+
+@pytest.mark.parametrize("r", [1, 2])
+@pytest.mark.parametrize(("m", "k"), [(3, 5), (5, 3)])
+@pytest.mark.parametrize("n", [7, 8, 9, 64, 65])
+@pytest.mark.parametrize("by_columns", [False, True])
+def test_data_is_brought_to_few_sizes(
+    r: int, m: int, k: int, n: int, by_columns: bool, fast_products: Products
+) -> None:
+    x, y = numbers(r, n, m), numbers(r, n, k, seed=1)
+    if by_columns:
+        x, y = x.mT.contiguous().mT, y.mT.contiguous().mT
+    assert_close(summed_product(x, y), x.mT @ y)
+    assert len(fast_products) == r
+    assert by_columns or {size[1] for size in fast_products} == {matmul.rounded(n)}
+    fast_products.clear()
+    assert_close(row_product(x[0], y[0].T.repeat(m, 1)[:m]), x[0] @ y[0].T.repeat(m, 1)[:m])
+    assert [size[0] for size in fast_products] == [matmul.rounded(n)]
+
+
+@given(n=st.integers(1, 10**7))
+def test_rounded_sizes(n: int) -> None:
+    found = matmul.rounded(n)
+    assert n <= found < n + max(8, n / 8 + 1)
+    assert matmul.rounded(found) == found
+
+
+def test_there_are_few_rounded_sizes() -> None:
+    assert len({matmul.rounded(n) for n in range(16, 2049)}) < 60
+
+
+def test_other_kinds_of_tensors_go_the_ordinary_way(fast_products: Products) -> None:
+    x = numbers(4, 4)
+    assert_close(product(x.to_sparse(), x), x @ x)
+    assert_close(product(x, torch._efficientzerotensor((4, 4), dtype=x.dtype)), 0.0 * x)
+    assert not fast_products
+
+
+def test_derivatives_in_forward_mode_go_the_ordinary_way(fast_products: Products) -> None:
+    load_forward_mode()
+    case = CASES["linear_positions"]()
+    for make in (ff.kfac, ff.ekfac):
+        F = make(case.model, case.likelihood, fisher="empirical")(*case.args)
+        v, t = (ff.tree.random_like(ff.random.key(i), case.args[0]) for i in (1, 2))
+        with forward_ad.dual_level():
+            dual = {name: forward_ad.make_dual(v[name], t[name]) for name in v}
+            tangent = forward_ad.unpack_dual(F.quadratic(dual)).tangent
+        assert tangent is not None
+        assert_close(tangent, 2.0 * ff.tree.dot(F.mv(v), t))
+
+
+@pytest.mark.parametrize("make", [ff.kfac, ff.ekfac])
+def test_results_as_arguments_of_code_for_any_size(make: Callable[..., Any]) -> None:
+    torch.compiler.reset()
+    case = CASES["linear"]()
+    F = make(case.model, case.likelihood, fisher="empirical")(*case.args)
+    v = ff.tree.random_like(ff.random.key(1), case.args[0])
+    compiled = torch.compile(
+        lambda F, v: (F.mv(v), F.solve(v, damping=0.1)),
+        fullgraph=True,
+        backend="aot_eager",
+        dynamic=True,
+    )
+    assert_close(compiled(F, v), (F.mv(v), F.solve(v, damping=0.1)))
 
 
 def test_derivatives_go_the_ordinary_way(fast_products: Products) -> None:

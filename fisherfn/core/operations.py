@@ -1,7 +1,7 @@
 """Functions that stay whole in compiled code: operations of torch, in the namespace `fisherfn`.
 
-The compiler sees the shape of what comes out and nothing of what is done. They have no derivative
-and no batching rule; where one is needed they may not be called.
+The compiler sees the shape of what comes out and nothing of what is done. They have no batching
+rule, and what they return is a constant to autograd: where either is needed they may not be called.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import matmul
-from fisherfn.core.matmul import by_rows, product, quick, stacked_product
+from fisherfn.core.matmul import as_columns, by_rows, padded, product, quick, summed_product
 from fisherfn.layers.form import Form
 from fisherfn.layers.numerics import (
     accumulate,
@@ -81,7 +81,7 @@ class Outer(Form):
     def _factored(self) -> Tensor:
         g2 = (self.g * self.g).sum(0) if self.columns > 1 else (self.g * self.g)[0]
         a2 = self.a * self.a
-        return stacked_product(g2[:, :, 0].permute(1, 2, 0), a2[:, :, 0].transpose(0, 1))
+        return summed_product(g2[:, :, 0].transpose(0, 1), a2[:, :, 0].transpose(0, 1))
 
     def _large(self) -> bool:
         """Return True if one score is worth a launch of its own."""
@@ -150,7 +150,7 @@ class Outer(Form):
         r, o, i = self.shape
         rows_g = g.transpose(0, 1).reshape(r, -1, o)
         rows_a = self.a.transpose(0, 1).reshape(r, -1, i)
-        return stacked_product(rows_g.transpose(-1, -2), rows_a)
+        return summed_product(rows_g, rows_a)
 
     def norms(self) -> Tensor:
         """Return squared norms `[K, B]`, through positions or through scores, as is cheaper."""
@@ -253,8 +253,10 @@ def _add_quick_squares(found: Tensor, left: Tensor, right: Tensor, *, fresh: boo
     step = min(rows, max(1, block_bytes(found) // (2 * columns * found.element_size())))
     each = left[0].numel() * left.element_size()
     for start, stop in blocks(len(left), each, left):
-        lefts, rights = left[start:stop].mT.contiguous(), right[start:stop]
-        if not (rights.is_contiguous() or rights.mT.is_contiguous()):
+        lefts, rights = as_columns(left[start:stop]), right[start:stop]
+        if lefts.shape[-1] != left.shape[2]:
+            rights = padded(rights, 2)
+        elif not (rights.is_contiguous() or rights.mT.is_contiguous()):
             rights = rights.contiguous()
         for group in range(r):
             ends = rights[:, group].mT.unbind(0)

@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fisherfn.core.matmul import product, stacked_product
+from fisherfn.core.matmul import row_product, stacked_product
 from fisherfn.layers.form import Form
 from fisherfn.layers.lookup import Lookup
 from fisherfn.layers.numerics import accumulate, blocks, sum_of_squares
@@ -109,7 +109,7 @@ def _repeated(a: Tensor, groups: int) -> Tensor:
 def _turned(x: Tensor, basis: Tensor) -> Tensor:
     """Return the rows of [..., R, T, n] in a basis [R or 1, n, k]; one product for each group."""
     if basis.shape[0] == 1:
-        return product(x.reshape(-1, x.shape[-1]), basis[0]).reshape(*x.shape[:-1], -1)
+        return row_product(x.reshape(-1, x.shape[-1]), basis[0]).reshape(*x.shape[:-1], -1)
     groups = x.dim() - 3
     rows = x.movedim(groups, 0)
     found = stacked_product(rows.reshape(basis.shape[0], -1, x.shape[-1]), basis)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fisherfn.core.matmul import quick, quick_product, traced
+from fisherfn.core.matmul import as_columns, quick, quick_product, rounded, traced
 from fisherfn.core.operations import operation
 from fisherfn.layers.numerics import in_place_allowed
 
@@ -33,7 +33,7 @@ def gram(x: Tensor) -> Tensor:
     """
     n, d = x.shape
     if quick(x, d, n, d):
-        return _of_columns(x.T.contiguous())
+        return _of_columns(as_columns(x))
     if traced(x, d, n, d):
         return _whole_gram(x)
     if not _splits(x):
@@ -56,9 +56,10 @@ def gram_with(x: Tensor, ones: Tensor) -> Tensor:
     """
     n, d = x.shape
     if quick(x, d, n, d):
-        columns = x.new_empty(d + 1, n)
-        columns[:d].copy_(x.T)
-        columns[d].copy_(ones)
+        columns = x.new_empty(d + 1, rounded(n))
+        columns[:d, :n].copy_(x.T)
+        columns[d, :n].copy_(ones)
+        columns[:, n:] = 0.0
         return _of_columns(columns)
     if not _splits(x):
         return gram(torch.cat([x, ones.unsqueeze(1)], 1))
@@ -108,7 +109,7 @@ def _of_columns(columns: Tensor) -> Tensor:
 
 _whole_gram = operation(
     "gram(Tensor x) -> Tensor",
-    lambda x: _of_columns(x.T.contiguous()),
+    lambda x: _of_columns(as_columns(x)),
     lambda x: x.new_empty(x.shape[1], x.shape[1]),
 )
 

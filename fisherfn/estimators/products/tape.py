@@ -23,7 +23,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fisherfn.core.matmul import product
+from fisherfn.core.matmul import row_product
 from fisherfn.core.modes import version
 
 _ABOUT_SHAPES = (
@@ -33,7 +33,7 @@ _ABOUT_SHAPES = (
 # torch's own decompositions use these, for which there are no batching rules; products of matrices
 # go to the fastest library
 _PLAIN = {
-    torch.ops.aten.mm.default: product,
+    torch.ops.aten.mm.default: row_product,
     torch.ops.prims.add.default: torch.ops.aten.add.Tensor,
     torch.ops.prims.sub.default: torch.ops.aten.sub.Tensor,
     torch.ops.prims.mul.default: torch.ops.aten.mul.Tensor,
