@@ -10,6 +10,9 @@
 tensor([0.2500, 0.2500])
 """
 
+import importlib
+from typing import Any
+
 from fisherfn import distributed as distributed
 from fisherfn import groups as groups
 from fisherfn import io as io
@@ -80,3 +83,10 @@ from fisherfn.linalg.results import Solution as Solution
 from fisherfn.models import functional as functional
 
 tree = trees
+
+
+def __getattr__(name: str) -> Any:
+    """Import `fisherfn.testing`, which needs Hypothesis, when it is asked for."""
+    if name != "testing":
+        raise AttributeError(f"module 'fisherfn' has no attribute {name!r}")
+    return importlib.import_module("fisherfn.testing")

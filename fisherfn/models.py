@@ -31,10 +31,19 @@ class FunctionalModel:
     keyword arguments. The module itself is only read: it supplies the code, never the values.
     """
 
-    def __init__(self, module: nn.Module, output: str | int | Callable[[Any], Any] | None) -> None:
-        """Wrap `module`; `output` picks what the likelihood sees of its result."""
+    def __init__(
+        self,
+        module: nn.Module,
+        output: str | int | Callable[[Any], Any] | None,
+        needed: Iterable[str] = (),
+    ) -> None:
+        """Wrap `module`; `output` picks what the likelihood sees of its result.
+
+        Parameters whose names are `needed` must be given in every call.
+        """
         self.module = module
         self.output = output
+        self.needed = frozenset(needed)
         self._suspects = [
             (name, m) for name, m in module.named_modules() if _has_training_behaviour(m)
         ]
@@ -93,17 +102,34 @@ class FunctionalModel:
                     f"{type(tree).__name__}. Pass what functional() returned, or a dict like it."
                 )
         state = {**buffers, **params}
-        if torch.compiler.is_dynamo_compiling() or state.keys() <= self._named.keys():
+        if torch.compiler.is_dynamo_compiling():
             return state
-        self._named = _tensors(self.module)  # it may have grown since
-        for name in state:
+        if not state.keys() <= self._named.keys():
+            self._named = _tensors(self.module)  # it may have grown since
+        self._check_state(state)
+        return state
+
+    def _check_state(self, state: dict[str, Tensor]) -> None:
+        for name, t in state.items():
             if name not in self._named:
                 raise TreeMismatchError(
                     "functional: expected names of parameters and buffers of "
                     f"{type(self.module).__name__}, got '{name}'. Nothing would read it; names "
                     f"look like '{next(iter(self._named), '')}'."
                 )
-        return state
+            shape = self._named[name]
+            if isinstance(t, Tensor) and t.shape != shape:
+                raise TreeMismatchError(
+                    f"functional: expected a tensor of shape {tuple(shape)}, got "
+                    f"{tuple(t.shape)} at '{name}'. Pass what functional() returned, or tensors "
+                    "like them; map ensembles with torch.vmap."
+                )
+        for name in sorted(self.needed - state.keys()):
+            raise TreeMismatchError(
+                f"functional: expected a tensor for every parameter, got none at '{name}'. Nothing "
+                "is read from the module itself; to differentiate by some parameters alone, use "
+                "functional(module, select=...)."
+            )
 
     def _check_training(self) -> None:
         for name, module in self._suspects:
@@ -184,7 +210,7 @@ def functional(
             f"{len(names)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''}). "
             "Change select=, or set requires_grad on the parameters you want."
         )
-    return FunctionalModel(module, output), params, buffers
+    return FunctionalModel(module, output, params), params, buffers
 
 
 def _selector(
@@ -250,11 +276,11 @@ def _pick_output(out: Any, output: str | int | Callable[[Any], Any] | None) -> A
         ) from error
 
 
-def _tensors(module: nn.Module) -> dict[str, None]:
-    """Return the names of parameters and buffers, all names of those that are tied."""
+def _tensors(module: nn.Module) -> dict[str, torch.Size]:
+    """Return the shapes of parameters and buffers, under all names of those that are tied."""
     with turn(module):
-        named = dict.fromkeys([n for n, _ in module.named_parameters(remove_duplicate=False)])
-        return named | dict.fromkeys([n for n, _ in module.named_buffers(remove_duplicate=False)])
+        found = {n: p.shape for n, p in module.named_parameters(remove_duplicate=False)}
+        return found | {n: b.shape for n, b in module.named_buffers(remove_duplicate=False)}
 
 
 def _names(out: Any) -> list[str]:

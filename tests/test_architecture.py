@@ -192,7 +192,8 @@ def only_hands_on(node: ast.stmt) -> bool:
     if isinstance(node, ast.Assign):  # __all__, __version__, or another name for a thing
         dunder = all(isinstance(t, ast.Name) and t.id.startswith("__") for t in node.targets)
         return dunder or isinstance(node.value, ast.Name | ast.Attribute)
-    return False
+    # what needs an extra is handed on when it is asked for
+    return isinstance(node, ast.FunctionDef) and node.name == "__getattr__"
 
 
 @pytest.mark.parametrize("path", [p for p in FILES if p.name == "__init__.py"], ids=name_of)

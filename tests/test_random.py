@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import random
-from fisherfn.core.errors import FisherError, OptionError, ShapeError
+from fisherfn.core.errors import DataError, FisherError, OptionError, ShapeError
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 WORD = 2**64
@@ -331,3 +331,18 @@ def test_bad_input_is_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize("classes", [3, 300])
+def test_a_single_key_draws_for_each_row_by_itself(classes: int) -> None:
+    rows = torch.ones(4, 500, classes)
+    found = random.categorical(random.key(0), rows)
+    keys = random.fold_in(random.key(0), torch.arange(2000).reshape(4, 500))
+    assert torch.equal(found, random.categorical(keys, rows))
+    shares = found.flatten().bincount(minlength=classes) / 2000
+    assert float((shares - 1 / classes).abs().max()) < 0.05
+
+
+def test_log_probabilities_are_no_probabilities() -> None:
+    with pytest.raises(DataError, match=r"probs >= 0, got -1\. .* pass them as logits="):
+        random.categorical(random.key(0), torch.tensor([0.5, -1.0]))

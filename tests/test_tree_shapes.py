@@ -11,7 +11,7 @@ from fisherfn.core import trees as tree
 from fisherfn.core.errors import TreeMismatchError
 
 
-@pytest.mark.parametrize("name", ["add", "sub", "mul", "axpy"])
+@pytest.mark.parametrize("name", ["add", "sub", "mul", "axpy", "dot"])
 @pytest.mark.parametrize("shape", [(1,), (3,), (), (2, 2)])
 def test_leaves_of_two_trees_are_not_broadcast(name: str, shape: tuple[int, ...]) -> None:
     first = {"a": torch.ones(2), "b": {"c": torch.ones(2)}}

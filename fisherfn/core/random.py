@@ -26,8 +26,9 @@ from typing import Any, SupportsIndex, TypeAlias
 import torch
 from torch import Tensor
 
-from fisherfn.core.errors import OptionError, ShapeError
-from fisherfn.core.modes import transformed
+from fisherfn.core.errors import DataError, OptionError, ShapeError
+from fisherfn.core.inversion import invert
+from fisherfn.core.modes import concrete, transformed
 
 Shape: TypeAlias = int | Sequence[int]
 
@@ -36,7 +37,6 @@ _ROOT = (0x243F6A8885A308D3, 0x13198A2E03707344)  # any constants: these are the
 _FOLD = 0x2545F4914F6CDD1D  # where folded counters lie; those of draws count from 1
 _DIGITS = {torch.float64: 53, torch.float32: 24, torch.float16: 11, torch.bfloat16: 8}
 _WIDTHS = {torch.int64: 64, torch.int32: 32, torch.int16: 16, torch.int8: 8}
-_ONE_LEVEL = 128  # up to so many classes, one pass is faster than picking a block first
 _BLOCK = {"cpu": 2**15, "other": 2**24}  # words at a time: in the CPU's cache, or a bound on memory
 
 
@@ -331,13 +331,13 @@ def categorical(
 ) -> Tensor:
     """Return one class a key, drawn from probabilities or logits along the last axis.
 
-    Inverts the distribution function on two levels: a block of √V to 2√V classes by its sum, then
-    a class inside the block, each with a word of its own, so that float32 resolves the small
-    probabilities inside it. A class of probability zero is never drawn and no rounding leads out of
-    0..V−1. A row with NaN or without a positive entry gives a valid class without meaning.
+    Inverts the distribution function (see `core.inversion`). A class of probability zero is never
+    drawn and no rounding leads out of 0..V−1. A row with NaN or without a positive entry gives a
+    valid class without meaning.
 
     Args:
-        key: int64 [*K, 2], one key a row.
+        key: int64 [*K, 2], one key a row. A single key [2] draws for each row by itself, for row i
+            from `fold_in(key, i)`.
         probs: [*R, V], need not sum to 1; [*R] broadcasts with [*K]. Give these or `logits`.
         logits: [*R, V], log-probabilities up to a constant of each row.
 
@@ -347,6 +347,7 @@ def categorical(
     Raises:
         OptionError: Both or none of `probs` and `logits` are given, or their dtype is no float.
         ShapeError: There are no classes, or the rows do not broadcast with the keys.
+        DataError: Some of `probs` are negative (where values can be looked at).
 
     Cost: a few passes over the rows; beside the softmax of `logits`, memory of one block a row.
 
@@ -367,33 +368,17 @@ def categorical(
             f"random.categorical: expected classes along the last axis, got shape "
             f"{tuple(given.shape)}. Pass [..., V] with V >= 1."
         )
-    batch = _broadcast("random.categorical", "rows", given.shape[:-1], key.shape[:-1])
+    if key.ndim == 1 and given.ndim > 1:
+        many = prod(given.shape[:-1])
+        index = torch.arange(many, device=key.device).reshape(given.shape[:-1])
+        key = fold_in(key, index)
+    _broadcast("random.categorical", "rows", given.shape[:-1], key.shape[:-1])
     work = torch.promote_types(given.dtype, torch.float32)
     rows = given.detach()
+    if probs is not None and concrete(rows) and bool((rows < 0).any()):
+        raise DataError(
+            f"random.categorical: expected probs >= 0, got {rows.min().item():g}. If these are "
+            "log-probabilities, pass them as logits=."
+        )
     weights = rows.to(work) if probs is not None else torch.softmax(rows, dim=-1, dtype=work)
-    classes = weights.shape[-1]
-    if classes <= _ONE_LEVEL:
-        return _pick(weights, uniform(key, (), work, open=True))
-    width = 1
-    while width * width < classes:
-        width *= 2
-    whole = classes - classes % width
-    sums = weights[..., :whole].unflatten(-1, (-1, width)).sum(-1)
-    if whole < classes:
-        sums = torch.cat([sums, weights[..., whole:].sum(-1, keepdim=True)], -1)
-    first, second = uniform(key, (2,), work, open=True).unbind(-1)
-    block = _pick(sums, first)
-    index = (block * width).unsqueeze(-1) + torch.arange(width, device=key.device)
-    inside = weights.expand(*batch, classes).gather(-1, index.clamp(max=classes - 1))
-    return block * width + _pick(inside * (index < classes), second)
-
-
-def _pick(weights: Tensor, u: Tensor) -> Tensor:
-    """Return the first index whose cumulative weight exceeds u times the total; 0 if there is none.
-
-    Entries of weight zero count as never reached, and the total is the largest sum reached: a
-    parallel cumulative sum need not be monotone, nor its last entry its largest.
-    """
-    reached = weights.cumsum(-1) * (weights > 0)
-    target = reached.amax(-1, keepdim=True) * u.unsqueeze(-1)
-    return (reached > target).to(torch.uint8).argmax(-1)
+    return invert(weights, lambda shape: uniform(key, shape, work, open=True))

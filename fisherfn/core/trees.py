@@ -303,7 +303,7 @@ def dot(a: Tree, b: Tree) -> Tensor:
     >>> dot([torch.ones(2), torch.ones(3)], [torch.ones(2), 2 * torch.ones(3)])
     tensor(8.)
     """
-    parts = map(lambda x, y: (x.to(_wide(x, y)) * y.to(_wide(x, y))).sum(), a, b)
+    parts = _entrywise("dot", lambda x, y: (x.to(_wide(x, y)) * y.to(_wide(x, y))).sum(), a, b)
     return _together(leaves(parts)).sum()
 
 

@@ -22,7 +22,7 @@ def reduce(tree: Any, specs: Specs) -> dict[str, Tensor]:
     """Return the sum (or the mean, if the spec says so) over each group.
 
     Args:
-        tree: Tree like the parameters, such as the values of a `Diagonal`.
+        tree: Tree like the parameters, or a `Diagonal`.
         specs: A `GroupSpec` for the path of every leaf.
 
     Returns:
@@ -41,6 +41,9 @@ def reduce(tree: Any, specs: Specs) -> dict[str, Tensor]:
         >>> reduce(tree, {"w": channels((2, 2))})
         {'w': tensor([3., 7.])}
     """
+    values = getattr(tree, "values", None)
+    if isinstance(values, Mapping):  # of a Diagonal; those of a dict are a method
+        tree = values
     leaves = check_leaves("groups.reduce", tree, specs)
     found: dict[str, Tensor] = {}
     for path, leaf in leaves.items():

@@ -222,14 +222,18 @@ def check_vector(caller: str, name: str, vector: Any, shape: tuple[int, ...]) ->
         )
 
 
-def check_keys(caller: str, keys: Any, batch: int) -> None:
-    """Raise unless the keys are int64 `[B, 2]`."""
-    if not isinstance(keys, Tensor) or keys.dtype != torch.int64 or tuple(keys.shape) != (batch, 2):
-        got = f"{keys.dtype} {tuple(keys.shape)}" if isinstance(keys, Tensor) else repr(keys)
-        raise ShapeError(
-            f"{caller}: expected one key an example, int64 of shape {(batch, 2)}, got {got} at "
-            "keys. Build them with random.fold_in(key, ids)."
-        )
+def example_keys(caller: str, keys: Any, batch: int) -> Tensor:
+    """Return keys int64 `[B, 2]`; one key `[2]` is that of examples 0 to B-1."""
+    if isinstance(keys, Tensor) and keys.dtype == torch.int64:
+        if tuple(keys.shape) == (batch, 2):
+            return keys
+        if tuple(keys.shape) == (2,):
+            return random.fold_in(keys, torch.arange(batch, device=keys.device))
+    got = f"{keys.dtype} {tuple(keys.shape)}" if isinstance(keys, Tensor) else repr(keys)
+    raise ShapeError(
+        f"{caller}: expected one key an example, int64 of shape {(batch, 2)}, got {got} at keys. "
+        "Build them with random.fold_in(key, ids), or pass a single key."
+    )
 
 
 def check_index(caller: str, index: int | Tensor, columns: int) -> None:

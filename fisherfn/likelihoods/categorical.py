@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from fisherfn.core import random
 from fisherfn.core.errors import OptionError, ShapeError
+from fisherfn.core.inversion import invert
 from fisherfn.core.modes import transformed
 from fisherfn.likelihoods import base
 
@@ -270,8 +271,9 @@ class Categorical(base.Likelihood):
         return score if self.class_axis == -1 else score.movedim(-1, 1)
 
     def _sample(self, p: Tensor, keys: Tensor) -> Tensor:
-        base.check_keys("categorical.sample", keys, p.shape[0])
-        return random.categorical(base.position_keys(keys, tuple(p.shape[:-1])), probs=p)
+        keys = base.example_keys("categorical.sample", keys, p.shape[0])
+        keys = base.position_keys(keys, tuple(p.shape[:-1]))
+        return invert(p, lambda shape: random.uniform(keys, shape, p.dtype, open=True))
 
 
 def _without(shape: tuple[int, ...], axis: int) -> tuple[int, ...]:

@@ -170,7 +170,7 @@ class Custom(base.Likelihood):
             )
         self.check_outputs("custom.sample", outputs)
         positions = self._positions(outputs)
-        base.check_keys("custom.sample", keys, positions[0])
+        keys = base.example_keys("custom.sample", keys, positions[0])
         constants = _widen(trees.map(lambda x: x.detach(), outputs))
         return self.sample_function(constants, base.position_keys(keys, positions))
 

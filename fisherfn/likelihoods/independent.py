@@ -103,7 +103,7 @@ class Independent(base.Likelihood):
     def sample(self, outputs: Tensor, keys: Tensor) -> Tensor:
         """Draw targets like `outputs`, in at least float32."""
         self.check_outputs(f"{self.name}.sample", outputs)
-        base.check_keys(f"{self.name}.sample", keys, outputs.shape[0])
+        keys = base.example_keys(f"{self.name}.sample", keys, outputs.shape[0])
         keys = base.position_keys(keys, self.positions_shape(outputs))
         x = wide(outputs.detach())
         return self._draw(x, keys, self.event_shape(outputs)).to(x.dtype)

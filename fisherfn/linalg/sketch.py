@@ -16,8 +16,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fisherfn.core import random
 from fisherfn.core.modes import transformed
-from fisherfn.linalg.probes import Probes
+from fisherfn.linalg.probes import Probes, draw
 from fisherfn.linalg.space import Basis, Block, Operator, Space, choose, rows
 
 
@@ -72,6 +73,13 @@ class Sketch:
         inside = left <= 64 * space.eps * size
         if transformed() or bool(inside):
             other, _ = basis.reject(v)
+            # In few dimensions random signs depend on each other, too.
+            known = space.norms(other) <= space.eps**0.5 * space.norms(v)
+            if transformed() or bool(known):
+                aside = random.fold_in(self.key, self.capacity)
+                drawn = draw(space, aside, self.count, self.count + 1, "gaussian")
+                fresh, _ = basis.reject(drawn)
+                other = choose(known, fresh, other)
             rest = choose(inside, other, rest)
             rest = space.scale(rest, 1.0 / space.norms(rest))
             rest, _ = basis.reject(rest)

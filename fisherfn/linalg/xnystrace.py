@@ -81,6 +81,8 @@ def xnystrace(
     check_probes("xnystrace", probes, 1.0)
     stop = stopper("xnystrace", target_stderr, relative)
     most = min(num_matvecs, space.size)
+    if most == space.size:  # what spans everything is exact, and random signs may span less
+        probes = "gaussian"
     sketch = Sketch(space, mv, key, probes, chunk_size, most)
     value = stderr = torch.zeros((), dtype=space.small, device=space.device)
     step = most if stop is None else chunk_size

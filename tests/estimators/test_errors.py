@@ -186,6 +186,19 @@ def test_names_that_the_module_does_not_have() -> None:
         estimator(list(base.params.values()), base.buffers, base.batch)
 
 
+def test_parameters_that_are_missing_or_of_another_shape() -> None:
+    """What is missing is not read from the module, and nothing is broadcast to fit."""
+    base = problem()
+    estimator = ff.diagonal(base.model, base.likelihood)
+    first = next(iter(base.params))
+    some = {name: p for name, p in base.params.items() if name != first}
+    with pytest.raises(ff.TreeMismatchError, match=rf"got none at '{first}'.*select="):
+        estimator(some, base.buffers, base.batch)
+    other = {**base.params, first: base.params[first][:1]}
+    with pytest.raises(ff.TreeMismatchError, match=rf"shape \(\d+, \d+\), got .* at '{first}'"):
+        estimator(other, base.buffers, base.batch)
+
+
 def test_a_module_that_has_grown_knows_its_new_names() -> None:
     base = problem()
     module: Any = getattr(base.model, "module")  # noqa: B009

@@ -261,3 +261,10 @@ def test_reports_that_do_not_exist() -> None:
     pooled = ff.groups.relabel(found, LABELS, into="pool")
     with pytest.raises(ff.OptionError, match=r"the pool 'pool' in one layer, got \['layer_0', 'la"):
         ff.groups.totals(ff.groups.reduce(PARAMS, pooled), pooled)
+
+
+def test_a_diagonal_is_reduced_like_its_values() -> None:
+    values = {"w": torch.arange(6.0).reshape(2, 3)}
+    F = ff.Diagonal(values, torch.tensor(1.0), fisher="exact", unit="example")
+    specs = {"w": ff.groups.channels((2, 3))}
+    assert torch.equal(ff.groups.reduce(F, specs)["w"], ff.groups.reduce(values, specs)["w"])

@@ -393,3 +393,8 @@ def test_vectors_keys_and_columns_of_the_wrong_shape(
             likelihood.root(z, bad)
     with pytest.raises(ShapeError, match=r"root: expected an integer or an integer scalar"):
         likelihood.root(z, torch.arange(2))
+
+
+def test_a_single_key_is_that_of_examples_in_order(case: Any) -> None:
+    z, keys = case.outputs, random.fold_in(random.key(3), torch.arange(len(case.outputs)))
+    assert_close(case.likelihood.sample(z, random.key(3)), case.likelihood.sample(z, keys))

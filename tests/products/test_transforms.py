@@ -167,3 +167,23 @@ def test_derivative_through_instance_norm() -> None:
     h = 1e-5
     want = (form(ff.tree.axpy(h, d, params)) - form(ff.tree.axpy(-h, d, params))) / (2 * h)
     assert_close(ff.tree.dot(torch.func.grad(form)(params), d), want, rtol=1e-6)
+
+
+def test_several_products_with_the_hessian_inside_of_a_derivative() -> None:
+    """What the first product counts does not belong to its own derivative."""
+    s = cases.ALL["mlp"].setup()
+    params, buffers, batch = s.args
+    key = ff.random.key(0)
+    estimate = ff.hessian_trace(s.model, s.likelihood, num_matvecs=3)
+
+    def trace(params: Any) -> Any:
+        return estimate(params, buffers, batch, key=key).value
+
+    d = ff.tree.random_like(ff.random.key(1), params)
+    slope = ff.tree.dot(torch.func.grad(trace)(params), d)
+    step = 1e-5
+    ahead, behind = (trace(ff.tree.axpy(c, d, params)) for c in (step, -step))
+    assert_close(slope, (ahead - behind) / (2 * step), rtol=1e-6)
+    stacked = ff.tree.map(lambda p: torch.stack([p, 1.5 * p]), params)
+    found = torch.vmap(trace)(stacked)
+    assert_close(found, torch.stack([trace(params), trace(ff.tree.scale(params, 1.5))]))
