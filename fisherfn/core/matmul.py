@@ -2,7 +2,7 @@
 
 On a CPU torch multiplies float32 matrices by MKL, which leaves the AVX-512 units of processors that
 are not Intel's idle; oneDNN, which torch has for convolutions, uses them: 430 in place of 210
-GFLOP/s on two cores of an AMD EPYC of 2024. On Intel's own the two are alike.
+GFLOP/s on two cores of an AMD EPYC of 2024.
 """
 
 from __future__ import annotations
