@@ -286,3 +286,11 @@ def test_import_is_light(tmp_path: Path) -> None:
         if best <= MAX_IMPORT_SECONDS:
             break
     assert best <= MAX_IMPORT_SECONDS
+
+
+def test_testing_is_there_when_it_is_asked_for() -> None:
+    import fisherfn as ff
+
+    assert ff.testing.assert_close
+    with pytest.raises(AttributeError, match="module 'fisherfn' has no attribute 'nothing'"):
+        _ = ff.nothing

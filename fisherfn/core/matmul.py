@@ -159,8 +159,8 @@ def quick_product(left: Tensor, right: Tensor) -> Tensor:
     if multiply is None:  # code that was compiled on another processor
         return left @ right
     if not by_rows(left) and by_rows(right) and left.shape[0] > right.shape[1]:
-        return multiply(right.T.contiguous(), _dense(left)).T.contiguous()
-    return multiply(left if by_rows(left) else left.contiguous(), _dense(right.T))
+        return multiply(right.T.contiguous(), dense(left)).T.contiguous()
+    return multiply(left if by_rows(left) else left.contiguous(), dense(right.T))
 
 
 def by_rows(x: Tensor) -> bool:
@@ -168,7 +168,8 @@ def by_rows(x: Tensor) -> bool:
     return x.stride(-1) == 1
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
+    """Return matrices without gaps between their rows, or between their columns."""
     return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
 
 

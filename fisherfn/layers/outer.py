@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fisherfn.core import matmul
-from fisherfn.core.matmul import as_columns, by_rows, padded, product, quick, summed_product
+from fisherfn.core.matmul import as_columns, by_rows, dense, padded, product, quick, summed_product
 from fisherfn.layers.form import Form
 from fisherfn.layers.numerics import (
     accumulate,
@@ -254,10 +254,7 @@ def _add_quick_squares(found: Tensor, left: Tensor, right: Tensor, *, fresh: boo
     each = left[0].numel() * left.element_size()
     for start, stop in blocks(len(left), each, left):
         lefts, rights = as_columns(left[start:stop]), right[start:stop]
-        if lefts.shape[-1] != left.shape[2]:
-            rights = padded(rights, 2)
-        elif not (rights.is_contiguous() or rights.mT.is_contiguous()):
-            rights = rights.contiguous()
+        rights = dense(rights) if lefts.shape[-1] == left.shape[2] else padded(rights, 2)
         for group in range(r):
             ends = rights[:, group].mT.unbind(0)
             for row in range(0, rows, step):
